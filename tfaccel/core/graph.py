@@ -1,0 +1,492 @@
+"""One way to read, match, edit and rebuild the graph of a Keras model.
+
+    graph = Graph.read(model)
+    for conv, batch_norm in match(graph, [keras.layers.Conv2D, keras.layers.BatchNormalization]):
+        ...
+    new_model = graph.build()
+
+A graph is a list of calls (`Node`) that pass values (`Tensor`) on. It refers to the layers of the model
+it was read from and never changes them: `build` clones each layer once (a shared layer stays shared) and
+carries its weights over. Layers handed to `replace_layer` and `insert_*` are new and are taken over as
+they are.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+
+from tfaccel.core import keras_private
+from tfaccel.core.checks import check_model
+from tfaccel.core.cloning import clone_operation, copy_state
+
+
+@dataclasses.dataclass(eq=False)
+class Tensor:
+    """A value in the graph. Two tensors are the same only if they are one object.
+
+    Attributes:
+        shape: as in the model that was read, the batch dimension first and usually None.
+        dtype: name of the type, such as "float32".
+        name: what Keras called it.
+    """
+
+    shape: tuple[int | None, ...]
+    dtype: str
+    name: str
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """One call of a layer or of a functional operation.
+
+    Attributes:
+        operation: the Keras layer or operation that is called.
+        args: positional arguments, a tree in which every tensor is a `Tensor`.
+        kwargs: keyword arguments, likewise.
+        outputs: what the call gives, flat.
+    """
+
+    operation: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Tensor, ...]
+
+    @property
+    def layer(self) -> keras.layers.Layer | None:
+        """The layer that is called, or None for a functional operation such as `x + y`."""
+        return self.operation if isinstance(self.operation, keras.layers.Layer) else None
+
+    @property
+    def name(self) -> str:
+        """Name of the layer or operation."""
+        return str(self.operation.name)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The tensors among the arguments, flat, positional ones first."""
+        return tuple(
+            leaf for leaf in keras.tree.flatten((self.args, self.kwargs)) if _is_tensor(leaf)
+        )
+
+    @property
+    def is_input(self) -> bool:
+        """Whether this is an entry of the model."""
+        return isinstance(self.operation, keras.layers.InputLayer)
+
+    @property
+    def is_model(self) -> bool:
+        """Whether this calls a nested model."""
+        return isinstance(self.operation, keras.Model)
+
+
+class Graph:
+    """The graph of a Functional or Sequential model; make one with `Graph.read`.
+
+    Attributes:
+        model: the model that was read; never changed.
+        nodes: all calls, producers before consumers.
+    """
+
+    def __init__(
+        self, model: keras.Model, nodes: list[Node], input_tree: Any, output_tree: Any
+    ) -> None:
+        self.model = model
+        self.nodes = nodes
+        self._input_tree = input_tree
+        self._output_tree = output_tree
+        self._given: dict[int, Sequence[Any] | None] = {}
+
+    @classmethod
+    def read(cls, model: keras.Model) -> "Graph":
+        """Reads the graph of a built Functional or Sequential model.
+
+        Raises:
+            TypeError: the model is subclassed and has no graph, or is no model.
+            ValueError: the model is not built.
+        """
+        check_model(model, "Graph.read")
+        functional = keras_private.functional_of(model)
+        tensors: dict[int, Tensor] = {}
+
+        def to_tensor(leaf: Any) -> Any:
+            if not isinstance(leaf, keras.KerasTensor):
+                return leaf
+            if id(leaf) not in tensors:
+                tensors[id(leaf)] = Tensor(tuple(leaf.shape), leaf.dtype, leaf.name)
+            return tensors[id(leaf)]
+
+        nodes = [
+            Node(
+                operation=call.operation,
+                args=_map(to_tensor, call.arguments.args),
+                kwargs=_map(to_tensor, call.arguments.kwargs),
+                outputs=tuple(to_tensor(output) for output in call.outputs),
+            )
+            for call in keras_private.call_nodes(model)
+        ]
+        return cls(model, nodes, _map(to_tensor, functional.input), _map(to_tensor, functional.output))
+
+    # What is there
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The tensors that enter the model, flat."""
+        return tuple(keras.tree.flatten(self._input_tree))
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The tensors that leave the model, flat."""
+        return tuple(keras.tree.flatten(self._output_tree))
+
+    def layers(self) -> list[keras.layers.Layer]:
+        """Returns the layers that are called, each once, nested models included, inputs not."""
+        unique = {id(n.operation): n.operation for n in self.nodes if n.layer and not n.is_input}
+        return list(unique.values())
+
+    def calls(self, operation: Any) -> list[Node]:
+        """Returns the nodes that call `operation`; a shared layer has several."""
+        return [node for node in self.nodes if node.operation is operation]
+
+    def producer(self, tensor: Tensor) -> Node:
+        """Returns the node that gives `tensor`."""
+        for node in self.nodes:
+            if any(output is tensor for output in node.outputs):
+                return node
+        raise ValueError(f"The tensor {tensor.name!r} is not of this graph.")
+
+    def consumers(self, tensor: Tensor) -> list[Node]:
+        """Returns the nodes that read `tensor`, each once."""
+        return [node for node in self.nodes if any(read is tensor for read in node.inputs)]
+
+    def is_output(self, tensor: Tensor) -> bool:
+        """Whether the model gives `tensor` out."""
+        return any(output is tensor for output in self.outputs)
+
+    # Edits
+
+    def replace_layer(
+        self,
+        layer: keras.layers.Layer,
+        new_layer: keras.layers.Layer,
+        weights: Sequence[Any] | None = None,
+    ) -> None:
+        """Makes every call of `layer` a call of `new_layer`, with the same arguments.
+
+        Args:
+            layer: a layer of the graph.
+            new_layer: a new layer, which the rebuilt model takes over.
+            weights: arrays for `new_layer.set_weights` once it is built.
+
+        Raises:
+            ValueError: the graph does not call `layer`.
+        """
+        calls = self.calls(layer)
+        if not calls:
+            raise ValueError(f"No call of layer {layer.name!r} is in the graph of {self.model.name!r}.")
+        for node in calls:
+            node.operation = new_layer
+        self._given[id(new_layer)] = weights
+
+    def insert_after(
+        self, tensor: Tensor, layer: keras.layers.Layer, consumers: Sequence[Node] | None = None
+    ) -> Tensor:
+        """Puts `layer` behind `tensor`.
+
+        Args:
+            tensor: what the layer reads.
+            layer: a new layer of one input and one output.
+            consumers: the nodes that then read the layer's output; by default all, and the model's
+                output too.
+
+        Returns:
+            The layer's output.
+        """
+        node = self._call_of(layer, tensor)
+        readers = self.consumers(tensor) if consumers is None else consumers
+        for reader in readers:
+            self._redirect(reader, tensor, node.outputs[0])
+        if consumers is None:
+            self._output_tree = _swap(self._output_tree, tensor, node.outputs[0])
+        self.nodes.insert(self.nodes.index(self.producer(tensor)) + 1, node)
+        return node.outputs[0]
+
+    def insert_before(self, node: Node, tensor: Tensor, layer: keras.layers.Layer) -> Tensor:
+        """Puts `layer` between `tensor` and its use by `node` alone; returns the layer's output."""
+        return self.insert_after(tensor, layer, consumers=[node])
+
+    def remove(self, node: Node) -> None:
+        """Takes a call out: what read its output reads its input instead.
+
+        Raises:
+            ValueError: the call has not exactly one input and one output.
+        """
+        if len(node.inputs) != 1 or len(node.outputs) != 1:
+            raise ValueError(
+                f"Only a call of one input and one output can be removed, but {node.name!r} has "
+                f"{len(node.inputs)} inputs and {len(node.outputs)} outputs."
+            )
+        before, after = node.inputs[0], node.outputs[0]
+        for reader in self.consumers(after):
+            self._redirect(reader, after, before)
+        self._output_tree = _swap(self._output_tree, after, before)
+        self.nodes.remove(node)
+
+    def _call_of(self, layer: keras.layers.Layer, tensor: Tensor) -> Node:
+        self._given.setdefault(id(layer), None)
+        shape = tuple(layer.compute_output_shape(tensor.shape))
+        return Node(layer, (tensor,), {}, (Tensor(shape, tensor.dtype, layer.name),))
+
+    @staticmethod
+    def _redirect(node: Node, old: Tensor, new: Tensor) -> None:
+        node.args = _swap(node.args, old, new)
+        node.kwargs = _swap(node.kwargs, old, new)
+
+    # Rebuilding
+
+    def build(self, name: str | None = None) -> keras.Model:
+        """Makes the model that the graph describes, weights carried over.
+
+        A Sequential model stays Sequential while it is a chain; a class derived from Functional is kept
+        if it is constructed in the same way.
+
+        Args:
+            name: of the new model; by default that of the model that was read.
+
+        Raises:
+            ValueError: two layers have one name, or a layer cannot be cloned from its config.
+            TypeError: the model's class has a constructor of its own.
+        """
+        nodes = self._needed()
+        _check_names(nodes, self.model)
+        builder = _Builder(self._given)
+        name = name or self.model.name
+        chain = _as_chain(nodes, self.model)
+        if chain is not None:
+            model = keras.Sequential([builder.clone(node.operation) for node in chain], name=name)
+        else:
+            inputs, outputs = self._call_all(nodes, builder)
+            model = _constructor(self.model)(inputs, outputs, name=name)
+        builder.carry_state()
+        return model
+
+    def _call_all(self, nodes: list[Node], builder: "_Builder") -> tuple[Any, Any]:
+        values: dict[int, Any] = {}
+
+        def to_value(leaf: Any) -> Any:
+            return values[id(leaf)] if _is_tensor(leaf) else leaf
+
+        for node in nodes:
+            operation = builder.clone(node.operation)
+            if node.is_input:
+                outputs = operation.output
+            else:
+                outputs = operation(*_map(to_value, node.args), **_map(to_value, node.kwargs))
+            for tensor, value in zip(node.outputs, keras.tree.flatten(outputs), strict=True):
+                values[id(tensor)] = value
+        return _map(to_value, self._input_tree), _map(to_value, self._output_tree)
+
+    def _needed(self) -> list[Node]:
+        wanted = {id(tensor) for tensor in (*self.outputs, *self.inputs)}
+        kept = []
+        for node in reversed(self.nodes):
+            if any(id(output) in wanted for output in node.outputs):
+                kept.append(node)
+                wanted.update(id(tensor) for tensor in node.inputs)
+        return kept[::-1]
+
+
+class _Builder:
+    """Clones each operation once and, when all are built, carries the weights over."""
+
+    def __init__(self, given: dict[int, Sequence[Any] | None]) -> None:
+        self._given = given
+        self._clones: dict[int, tuple[Any, Any]] = {}
+
+    def clone(self, operation: Any) -> Any:
+        if id(operation) in self._given:
+            self._clones[id(operation)] = (operation, operation)
+        elif id(operation) not in self._clones:
+            nested = isinstance(operation, keras.Model) and keras_private.has_graph(operation)
+            clone = Graph.read(operation).build() if nested else clone_operation(operation)
+            self._clones[id(operation)] = (operation, clone)
+        return self._clones[id(operation)][1]
+
+    def carry_state(self) -> None:
+        for source, clone in self._clones.values():
+            if source is not clone:
+                if isinstance(source, keras.layers.Layer):
+                    copy_state(source, clone)
+            elif self._given[id(clone)] is not None:
+                clone.set_weights(self._given[id(clone)])
+
+
+# Pattern matching
+
+Matcher = type | tuple[type, ...] | Callable[[Node], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    """A step of a pattern that may be missing; made by `optional`."""
+
+    matcher: Matcher
+
+
+def optional(matcher: Matcher) -> Optional:
+    """Marks a step of a pattern as one that may be missing (its place in the match is then None)."""
+    return Optional(matcher)
+
+
+def match(
+    graph: Graph, pattern: Sequence[Matcher | Optional]
+) -> list[tuple[Node | None, ...]]:
+    """Finds chains of calls, each the only reader of the one before.
+
+    Every tensor inside a chain is read once and is no output of the model, so that a chain can be
+    replaced as a whole. Chains do not overlap; an earlier call wins.
+
+    Args:
+        graph: where to look.
+        pattern: a layer or operation class, several, or a predicate on `Node` for each step; the first
+            must not be optional.
+
+    Returns:
+        For each chain one node per step, None for an optional step that is missing.
+
+    Raises:
+        ValueError: the pattern is empty or begins with an optional step.
+    """
+    if not pattern or isinstance(pattern[0], Optional):
+        raise ValueError(f"A pattern begins with a step that must be there, but got {pattern!r}.")
+    taken: set[int] = set()
+    found = []
+    for node in graph.nodes:
+        chain = _match_from(graph, node, pattern) if id(node) not in taken else None
+        if chain is not None and not any(id(n) in taken for n in chain if n):
+            taken.update(id(n) for n in chain if n)
+            found.append(chain)
+    return found
+
+
+def _match_from(
+    graph: Graph, first: Node, pattern: Sequence[Matcher | Optional]
+) -> tuple[Node | None, ...] | None:
+    if not _fits(first, pattern[0]):
+        return None
+    chain: list[Node | None] = [first]
+    last = first
+    for step in pattern[1:]:
+        following = _only_reader(graph, last)
+        if following is not None and _fits(following, step):
+            chain.append(following)
+            last = following
+        elif isinstance(step, Optional):
+            chain.append(None)
+        else:
+            return None
+    return tuple(chain)
+
+
+def _only_reader(graph: Graph, node: Node) -> Node | None:
+    if len(node.outputs) != 1 or graph.is_output(node.outputs[0]):
+        return None
+    readers = graph.consumers(node.outputs[0])
+    return readers[0] if len(readers) == 1 else None
+
+
+def _fits(node: Node, step: Matcher | Optional) -> bool:
+    matcher = step.matcher if isinstance(step, Optional) else step
+    if isinstance(matcher, (type, tuple)):
+        return isinstance(node.operation, matcher)
+    return bool(matcher(node))
+
+
+# Nested models
+
+
+def map_models(model: keras.Model, edit: Callable[[Graph], None]) -> keras.Model:
+    """Applies `edit` to the graph of a model and of every nested model, innermost first.
+
+    Args:
+        model: a built Functional or Sequential model; not changed.
+        edit: changes the graph that it is given.
+
+    Returns:
+        The rebuilt model. A nested model that is called twice is edited once and stays shared.
+    """
+    graph = Graph.read(model)
+    for layer in graph.layers():
+        if isinstance(layer, keras.Model) and keras_private.has_graph(layer):
+            graph.replace_layer(layer, map_models(layer, edit))
+    edit(graph)
+    return graph.build()
+
+
+def flat_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """Yields every layer that the model calls, each once, those of nested models in their place."""
+    seen: set[int] = set()
+    for layer in _flatten(model):
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            yield layer
+
+
+def _flatten(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    for layer in Graph.read(model).layers():
+        if isinstance(layer, keras.Model) and keras_private.has_graph(layer):
+            yield from _flatten(layer)
+        else:
+            yield layer
+
+
+# Helpers
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)
+
+
+def _map(function: Callable[[Any], Any], tree: Any) -> Any:
+    return keras.tree.map_structure(function, tree)
+
+
+def _swap(tree: Any, old: Tensor, new: Tensor) -> Any:
+    return _map(lambda leaf: new if leaf is old else leaf, tree)
+
+
+def _check_names(nodes: list[Node], model: keras.Model) -> None:
+    operations = {id(node.operation): node.name for node in nodes}
+    names = list(operations.values())
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"Layers of one model need names of their own, but in {model.name!r} there are several "
+            f"named {', '.join(map(repr, twice))}. Give the inserted layer another name."
+        )
+
+
+def _as_chain(nodes: list[Node], model: keras.Model) -> list[Node] | None:
+    """Returns the nodes if they still form a chain that Sequential can hold, else None."""
+    if not isinstance(model, keras.Sequential):
+        return None
+    for before, node in zip(nodes, nodes[1:], strict=False):
+        plain = not node.kwargs and len(node.args) == 1 and node.args[0] is before.outputs[0]
+        if node.layer is None or not plain or len(before.outputs) != 1:
+            return None
+    once = len({id(node.operation) for node in nodes}) == len(nodes)
+    return nodes if once and len(nodes) > 1 else None
+
+
+def _constructor(model: keras.Model) -> Callable[..., keras.Model]:
+    """Returns what makes a model of the same class from inputs and outputs."""
+    if isinstance(model, keras.Sequential) or type(model).__name__ == "Functional":
+        return keras.Model
+    if keras_private.has_functional_constructor(type(model)):
+        return type(model)
+    raise TypeError(
+        f"{model.name!r} is a {type(model).__name__} whose constructor takes other arguments than "
+        "(inputs, outputs, name), so the rewritten model could not be one too, and its own train_step "
+        f"would be lost. Rewrite keras.Model(model.inputs, model.outputs) and wrap the result."
+    )

@@ -1,0 +1,83 @@
+"""The private Keras names that we cannot do without, each watched by a canary test.
+
+Nothing else in tfaccel may touch `keras.src` or an underscore of a Keras object. When a Keras release
+moves one of these, `tests/core/test_keras_private.py` fails and names it before a user meets it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+_CALL_ATTRIBUTES = (
+    "_call_signature",
+    "call_signature_parameters",
+    "_call_has_mask_arg",
+    "_call_context_args",
+    "_allow_non_tensor_positional_args",
+)
+
+
+def functional_of(model: keras.Model) -> keras.Model:
+    """Returns the graph-holding model: a Sequential model's Functional twin, else the model."""
+    if isinstance(model, keras.Sequential):
+        return model._functional  # noqa: SLF001
+    return model
+
+
+def has_graph(model: Any) -> bool:
+    """Whether `model` is a Functional model, or a Sequential model whose input shape is known."""
+    functional = functional_of(model) if isinstance(model, keras.Model) else None
+    return functional is not None and hasattr(functional, "_nodes_by_depth")
+
+
+def call_nodes(model: keras.Model) -> list[Any]:
+    """Returns the call nodes of a model's graph, producers before consumers.
+
+    A node has `operation`, `arguments.args`, `arguments.kwargs`, `outputs` (flat KerasTensors) and
+    `is_input`.
+    """
+    by_depth = functional_of(model)._nodes_by_depth  # noqa: SLF001
+    return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
+
+
+def sublayers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    """Yields the layer itself, then every layer inside it, parents first."""
+    yield from layer._flatten_layers(include_self=True, recursive=True)  # noqa: SLF001
+
+
+def seed_states(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Returns the states of all random-seed generators of a layer and of its inner layers."""
+    return [
+        generator.state
+        for inner in sublayers(layer)
+        for generator in inner._seed_generators  # noqa: SLF001
+    ]
+
+
+def adopt_call_signature(wrapper: keras.layers.Layer, layer: keras.layers.Layer) -> None:
+    """Makes Keras bind, mask and check a wrapper's call arguments as it does the inner layer's.
+
+    Keras reads the signature of `call` to tell tensors from options and to hand masks over. A wrapper
+    with `call(*args, **kwargs)` would hide that, and `value=tensor, use_causal_mask=True` would fail.
+    The wrapper always receives `training`.
+    """
+    for name in _CALL_ATTRIBUTES:
+        setattr(wrapper, name, getattr(layer, name))
+    wrapper._call_has_training_arg = True  # noqa: SLF001
+    wrapper._call_has_context_arg = {  # noqa: SLF001
+        **layer._call_has_context_arg,  # noqa: SLF001
+        "training": True,
+    }
+
+
+def takes_training(layer: keras.layers.Layer) -> bool:
+    """Whether the layer's `call` has an argument named training."""
+    return bool(layer._call_has_training_arg)  # noqa: SLF001
+
+
+def has_functional_constructor(model_class: type) -> bool:
+    """Whether a subclass of Functional is made as `model_class(inputs, outputs, name=...)`."""
+    from keras.src.models.functional import functional_like_constructor
+
+    return bool(functional_like_constructor(model_class))
