@@ -53,7 +53,8 @@ def copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
             "config does not say all; complete get_config() or get_build_config()."
         )
     for old_variable, new_variable in zip(old, new, strict=True):
-        new_variable.assign(old_variable.value)
+        # A copy: on JAX, training one model would otherwise delete the arrays of the other.
+        new_variable.assign(keras.ops.copy(old_variable.value))
     copy_trainable(source, target)
 
 

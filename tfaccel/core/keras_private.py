@@ -1,9 +1,11 @@
 """The private Keras names that we cannot do without, each watched by a canary test.
 
-Nothing else in tfaccel may touch `keras.src` or an underscore of a Keras object. When a Keras release
-moves one of these, `tests/core/test_keras_private.py` fails and names it before a user meets it.
+Nothing else in tfaccel may touch `keras.src` or an underscore of a Keras object. When a Keras
+release moves one of these, `tests/core/test_keras_private.py` fails and names it before a user
+meets it.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,9 +60,9 @@ def seed_states(layer: keras.layers.Layer) -> list[keras.Variable]:
 def adopt_call_signature(wrapper: keras.layers.Layer, layer: keras.layers.Layer) -> None:
     """Makes Keras bind, mask and check a wrapper's call arguments as it does the inner layer's.
 
-    Keras reads the signature of `call` to tell tensors from options and to hand masks over. A wrapper
-    with `call(*args, **kwargs)` would hide that, and `value=tensor, use_causal_mask=True` would fail.
-    The wrapper always receives `training`.
+    Keras reads the signature of `call` to tell tensors from options and to hand masks over. A
+    wrapper with `call(*args, **kwargs)` would hide that, and `value=tensor, use_causal_mask=True`
+    would fail. The wrapper always receives `training`.
     """
     for name in _CALL_ATTRIBUTES:
         setattr(wrapper, name, getattr(layer, name))
@@ -81,3 +83,50 @@ def has_functional_constructor(model_class: type) -> bool:
     from keras.src.models.functional import functional_like_constructor
 
     return bool(functional_like_constructor(model_class))
+
+
+def replace_clip_gradients(optimizer: keras.optimizers.Optimizer, hook: Any) -> Any:
+    """Makes one optimizer call `hook(grads)` where it would clip; returns what it called before.
+
+    Keras clips exactly once per update: after gradient accumulation and loss-scale unscaling,
+    before weight decay. The attribute is set on the instance, its class stays as it is.
+    """
+    original = optimizer._clip_gradients  # noqa: SLF001
+    optimizer._clip_gradients = hook  # noqa: SLF001
+    return original
+
+
+def trained_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """Returns the variables that an optimizer was built for."""
+    return list(optimizer._trainable_variables)  # noqa: SLF001
+
+
+def loss_scale_optimizer_that_builds(
+    optimizer: keras.optimizers.Optimizer,
+) -> keras.optimizers.LossScaleOptimizer | None:
+    """Returns the LossScaleOptimizer that is building its inner `optimizer` right now, or None.
+
+    Called from within `optimizer.build`. The inner optimizer holds no reference to the one around
+    it, which `compile` may have put there, so it is found on the call stack.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if (
+            isinstance(caller, keras.optimizers.LossScaleOptimizer)
+            and getattr(caller, "inner_optimizer", None) is optimizer
+        ):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def is_compiled_by_xla() -> bool:
+    """Whether the TensorFlow function that is being traced will be compiled by XLA as a whole."""
+    import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
+
+    if tf.executing_eagerly():
+        return False
+    graph = tf.compat.v1.get_default_graph()
+    return bool(control_flow_util.GraphOrParentsInXlaContext(graph))

@@ -244,8 +244,7 @@ def transform_model(model: keras.Model, rules: Rules) -> keras.Model:
             wrapped = isinstance(layer, TransformedLayer)
             new = rules(layer.layer if wrapped else layer)
             if new:
-                base = layer if wrapped else TransformedLayer(clone_built(layer), [])
-                graph.replace_layer(layer, _with_transforms(base, new))
+                graph.replace_layer(layer, wrap_layer(layer, new))
 
     return map_models(model, edit)
 
@@ -304,14 +303,26 @@ def _checked(
         yield key, transform
 
 
-def _with_transforms(
-    base: TransformedLayer, new: Mapping[str, WeightTransform]
+def wrap_layer(
+    layer: keras.layers.Layer,
+    new: Mapping[str, WeightTransform],
+    inner: keras.layers.Layer | None = None,
 ) -> TransformedLayer:
-    """Returns a copy of `base` with `new` transforms too: old state kept, new initialized."""
-    kept = [(key, type(t).from_config(t.get_config())) for key, t in base.transforms]
-    result = TransformedLayer(clone_built(base.layer), [*kept, *new.items()], name=base.name)
-    for (_, old), (_, copy) in zip(base.transforms, kept, strict=True):
-        for name, variable in old.state.items():
+    """Returns a copy of `layer` in which the weights named by `new` are transformed too.
+
+    Args:
+        layer: a built layer, transformed already or not; not changed.
+        new: for each key a new transform, whose state is initialized from the weight.
+        inner: a built layer with the same weight keys that takes the place of the layer (or of the
+            inner one); it is taken over. By default a copy.
+    """
+    old = layer.transforms if isinstance(layer, TransformedLayer) else []
+    if inner is None:
+        inner = clone_built(layer.layer if isinstance(layer, TransformedLayer) else layer)
+    kept = [(key, type(t).from_config(t.get_config())) for key, t in old]
+    result = TransformedLayer(inner, [*kept, *new.items()], name=layer.name)
+    for (_, before), (_, copy) in zip(old, kept, strict=True):
+        for name, variable in before.state.items():
             copy.state[name].assign(variable.value)
     for key, transform in new.items():
         transform.initialize(keras.ops.convert_to_tensor(result.variable(key)))

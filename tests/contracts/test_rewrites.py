@@ -1,0 +1,166 @@
+"""Every rewrite on every model."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import tfaccel
+from tests.contracts.tables import MODELS, REWRITES, make_data
+from tfaccel.core import keras_private
+from tfaccel.core.artifacts import load_model
+
+every_rewrite = pytest.mark.parametrize("rewrite", REWRITES.values(), ids=REWRITES)
+every_model = pytest.mark.parametrize("make_model", MODELS.values(), ids=MODELS)
+
+
+def outputs_of(model):
+    return np.asarray(model(make_data(8)[0], training=False))
+
+
+def all_layers(model):
+    return list(keras_private.sublayers(model))
+
+
+def fingerprint(model):
+    weights = [np.array(v) for v in model.variables]
+    calls = [(x.name, len(x._inbound_nodes), x.trainable) for x in all_layers(model)]
+    return weights, calls, model.get_config()
+
+
+def train(model, rewrite, *, jit=False, steps=1, epochs=1):
+    model.compile(
+        keras.optimizers.Adam(0.01),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=jit,
+        steps_per_execution=steps,
+    )
+    x, y = make_data()
+    history = model.fit(
+        x, y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, callbacks=rewrite.callbacks()
+    )
+    return history.history["loss"]
+
+
+@every_model
+@every_rewrite
+def test_argument_is_not_changed(rewrite, make_model):
+    model = make_model()
+    weights, calls, config = fingerprint(model)
+    rewritten = rewrite.apply(model)
+    assert rewritten is not model
+    after, calls_after, config_after = fingerprint(model)
+    for old, new in zip(weights, after, strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert calls_after == calls
+    assert config_after == config
+    assert not set(map(id, all_layers(model))) & set(map(id, all_layers(rewritten)))
+
+
+@every_model
+@every_rewrite
+def test_names_and_weights_are_carried_over(rewrite, make_model):
+    model = make_model()
+    rewritten = rewrite.apply(model)
+    assert rewritten.name == model.name
+    assert [t.name for t in rewritten.inputs] == [t.name for t in model.inputs]
+    kernel = np.asarray(model.get_layer("logits").kernel)
+    assert any(
+        v.shape == kernel.shape and np.array_equal(np.asarray(v), kernel) for v in rewritten.weights
+    )
+    if rewrite.keeps_outputs is not None:
+        difference = np.abs(outputs_of(rewritten) - outputs_of(model)).max()
+        assert difference <= rewrite.keeps_outputs
+
+
+@every_rewrite
+def test_survives_save_and_load_to_the_last_bit(rewrite, tmp_path):
+    model = rewrite.apply(MODELS["nested"]())
+    train(model, rewrite)
+    model.save(tmp_path / "model.keras")
+    loaded = load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(outputs_of(loaded), outputs_of(model))
+    ours = [x for x in all_layers(model) if type(x).__module__.startswith("tfaccel")]
+    again = [x for x in all_layers(loaded) if type(x).__module__.startswith("tfaccel")]
+    assert [json.dumps(x.get_config()) for x in again] == [json.dumps(x.get_config()) for x in ours]
+
+
+@every_rewrite
+def test_training_goes_on_after_load_as_if_not_stopped(rewrite, tmp_path):
+    through, halted = (rewrite.apply(MODELS["convolutional"]()) for _ in range(2))
+    losses = train(through, rewrite, epochs=2)
+    first = train(halted, rewrite)
+    halted.save(tmp_path / "halfway.keras")
+    resumed = load_model(tmp_path / "halfway.keras", compile=True)
+    x, y = make_data()
+    second = resumed.fit(
+        x, y, batch_size=8, shuffle=False, verbose=0, callbacks=rewrite.callbacks()
+    ).history["loss"]
+    assert first + second == losses
+
+
+@every_model
+@every_rewrite
+def test_strips_to_plain_keras(rewrite, make_model):
+    model = rewrite.apply(make_model())
+    train(model, rewrite)
+    plain = tfaccel.strip(model)
+    assert {type(x).__module__.split(".")[0] for x in all_layers(plain)} == {"keras"}
+    assert [t.name for t in plain.inputs] == [t.name for t in model.inputs]
+    if rewrite.strips_exactly:
+        np.testing.assert_allclose(outputs_of(plain), outputs_of(model), atol=1e-6)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
+@every_rewrite
+def test_trains(rewrite, jit):
+    model = rewrite.apply(MODELS["convolutional"]())
+    losses = train(model, rewrite, jit=jit, epochs=6)
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+
+
+@every_rewrite
+def test_steps_per_execution_changes_nothing(rewrite):
+    one, four = (rewrite.apply(MODELS["convolutional"]()) for _ in range(2))
+    train(one, rewrite, epochs=2)
+    train(four, rewrite, steps=4, epochs=2)
+    np.testing.assert_allclose(outputs_of(four), outputs_of(one), atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@every_rewrite
+def test_trains_in_mixed_precision(rewrite, policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = rewrite.apply(MODELS["convolutional"]())
+    finally:
+        keras.config.set_dtype_policy("float32")
+    losses = train(model, rewrite, epochs=4)
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+
+
+@every_rewrite
+def test_exports(rewrite, tmp_path):
+    model = rewrite.apply(MODELS["convolutional"]())
+    train(model, rewrite, epochs=3)
+    x, _ = make_data(64, seed=9)
+    artifact = tfaccel.export.to_tflite(model, tmp_path / "model.tflite", verify_data=x)
+    assert artifact.path.stat().st_size == artifact.size_bytes
+    assert artifact.verification.top1_agreement >= 0.95
+
+
+@every_rewrite
+def test_refuses_what_it_cannot_rewrite(rewrite):
+    class Own(keras.Model):
+        def call(self, inputs):
+            return inputs
+
+    with pytest.raises(TypeError, match=r"subclassed Own.*keras\.Model\(inputs, outputs\)"):
+        rewrite.apply(Own())
+    with pytest.raises(ValueError, match="has no weights yet"):
+        rewrite.apply(keras.Sequential([keras.layers.Dense(2)]))
+    with pytest.raises(TypeError, match=r"needs a keras\.Model, but got str"):
+        rewrite.apply("model.keras")

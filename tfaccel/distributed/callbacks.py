@@ -1,0 +1,109 @@
+"""Callbacks for `fit` on several workers, with the names of `horovod.keras.callbacks`."""
+
+import logging
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfaccel.core.checks import check_type
+from tfaccel.distributed import runtime
+
+_log = logging.getLogger("tfaccel.distributed")
+
+
+class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
+    """Gives every rank the weights and the optimizer state of one, at the first batch of each
+    `fit`.
+
+    Random-seed states are left alone, so that dropout differs between ranks. The model should be
+    built; one that is not gets its weights in the first batch, and they are broadcast after it.
+
+    XLA cannot compile the exchange of gradients. Where `jit_compile="auto"` has turned it on, as
+    Keras does on GPUs, this callback turns it off.
+
+    Args:
+        root_rank: the rank whose values they get.
+    """
+
+    def __init__(self, root_rank: int = 0) -> None:
+        super().__init__()
+        check_type("root_rank", root_rank, int)
+        if root_rank < 0:
+            raise ValueError(f"root_rank must be a rank, from 0, but got {root_rank}.")
+        self.root_rank = root_rank
+        self.broadcast_done = False
+
+    def set_model(self, model: keras.Model) -> None:
+        """Turns off XLA before Keras makes the training step."""
+        super().set_model(model)
+        if runtime.workers() > 1 and model.jit_compile and _keras_chooses_xla():
+            _log.info("XLA is turned off for %s: Horovod cannot be compiled", model.name)
+            model.jit_compile = False
+            model.train_function = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Checks the rank, and gets ready."""
+        runtime.check_rank(self.root_rank)
+        self.broadcast_done = runtime.workers() == 1
+
+    def on_train_batch_begin(
+        self,
+        batch: int,  # noqa: ARG002
+        logs: dict[str, Any] | None = None,  # noqa: ARG002
+    ) -> None:
+        """Broadcasts before the first batch."""
+        if self.broadcast_done:
+            return
+        if self.model.built and self.model.weights:
+            self._broadcast()
+        elif self.model.steps_per_execution > 1:
+            raise ValueError(
+                f"{self.model.name!r} has no weights yet, and with steps_per_execution="
+                f"{self.model.steps_per_execution} it would be trained for several steps before they "
+                "can be broadcast. Build it first: model.build(input_shape)."
+            )
+
+    def on_train_batch_end(
+        self,
+        batch: int,  # noqa: ARG002
+        logs: dict[str, Any] | None = None,  # noqa: ARG002
+    ) -> None:
+        """Broadcasts after the first batch if there was nothing to broadcast before."""
+        if not self.broadcast_done:
+            self._broadcast()
+
+    def _broadcast(self) -> None:
+        optimizer = self.model.optimizer
+        variables = list(self.model.weights)
+        if optimizer is not None:
+            if not optimizer.built:
+                optimizer.build(self.model.trainable_variables)
+            variables += optimizer.variables
+        runtime.broadcast_variables(variables, self.root_rank)
+        self.broadcast_done = True
+
+
+class MetricAverageCallback(keras.callbacks.Callback):
+    """Replaces the metrics of each epoch by their mean over all ranks.
+
+    Put it before callbacks that read metrics, such as `ReduceLROnPlateau`, so that all ranks decide
+    alike.
+    """
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Averages `logs` in place."""
+        if not logs or runtime.workers() == 1:
+            return
+        names = sorted(name for name, value in logs.items() if np.ndim(value) == 0)
+        runtime.require_agreement("the metrics of an epoch", names)
+        own = np.array([float(logs[name]) for name in names], np.float64)
+        means = keras.ops.convert_to_numpy(runtime.allreduce(own, name="tfaccel_metrics"))
+        logs.update(zip(names, means.tolist(), strict=True))
+
+
+def _keras_chooses_xla() -> bool:
+    """Whether `jit_compile="auto"` means XLA here: Keras says yes where there is more than a CPU."""
+    import tensorflow as tf
+
+    return any(device.device_type != "CPU" for device in tf.config.list_physical_devices())

@@ -1,0 +1,145 @@
+"""A job of several workers, started from Python and watched to its end."""
+
+import contextlib
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from tfaccel.distributed.runtime import BUILD_COMMAND
+
+_LAUNCHER = "horovod.runner.launch"
+_TAIL_LINES = 40
+_GRACE_SECONDS = 20  # horovodrun itself gives its workers five, twice
+# Against waiting for ever: for a worker that starts late, and for one that has lost its way.
+_BOUNDS = {
+    "HOROVOD_GLOO_TIMEOUT_SECONDS": "120",
+    "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "600",
+}
+
+
+def run_workers(
+    command: Sequence[str],
+    workers: int,
+    hosts: str | None = None,
+    env: Mapping[str, str] | None = None,
+    log: str | os.PathLike[str] | None = None,
+    *,
+    timeout: float | None = None,
+) -> None:
+    """Runs a command as N Horovod workers (Gloo) and waits for them; nothing goes to the terminal.
+
+    When one worker fails, the others are ended. Workers that wait ten minutes for one another are
+    ended too (HOROVOD_STALL_SHUTDOWN_TIME_SECONDS in `env` changes that).
+
+    Args:
+        command: what every worker runs, such as `[sys.executable, "train.py"]`.
+        workers: how many; one runs the command directly, with no Horovod needed.
+        hosts: "a:2,b:2" for two slots on each of two machines, reached by ssh; None for this
+            machine.
+        env: environment variables besides this process's own.
+        log: file that what the workers write is appended to; None for one that is kept on failure
+            only.
+        timeout: seconds after which the job is ended; None for no limit.
+
+    Raises:
+        ValueError: `workers` is no number from 1, or `command` is empty.
+        RuntimeError: Horovod is not installed, or a worker failed: it carries the last lines.
+        TimeoutError: the job took longer than `timeout`.
+    """
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"workers must be an int from 1, but got {workers!r}.")
+    if isinstance(command, str) or not command:
+        raise ValueError(f"command must be a list of words, but got {command!r}.")
+    line = list(command)
+    if workers > 1:
+        check_horovod(workers)
+        slots = hosts or f"localhost:{workers}"
+        flags = ["--gloo", "-np", str(workers), "-H", slots]
+        line = [sys.executable, "-m", _LAUNCHER, *flags, *line]
+    variables = {**_BOUNDS, **os.environ, **(env or {})}
+    with _open_log(log) as output:
+        start = output.tell()
+        code = _run(line, variables, output, timeout)
+        if code != 0:
+            tail = _tail(Path(output.name), start)
+            what = shlex.join(command)
+            if code is None:
+                raise TimeoutError(
+                    f"The job of {workers} workers was ended after {timeout:g} seconds: {what}\n"
+                    f"Its last lines ({output.name}):\n{tail}"
+                )
+            raise RuntimeError(
+                f"A job of {workers} worker{'s' * (workers > 1)} failed (exit code {code}): {what}\n"
+                f"Its last lines ({output.name}):\n{tail}"
+            )
+    if log is None:
+        Path(output.name).unlink()
+
+
+def check_horovod(workers: int) -> None:
+    """Raises RuntimeError unless Horovod is installed for this Python."""
+    if importlib.util.find_spec("horovod") is None:
+        raise RuntimeError(
+            f"Training on {workers} workers needs Horovod, which is not installed for "
+            f"{sys.executable}. Build it once with `{BUILD_COMMAND}`, or train with one worker."
+        )
+
+
+def _open_log(log: str | os.PathLike[str] | None) -> IO[bytes]:
+    if log is None:
+        descriptor, name = tempfile.mkstemp(prefix="tfaccel-workers-", suffix=".log")
+        os.close(descriptor)
+        return Path(name).open("ab")
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    return Path(log).open("ab")
+
+
+def _run(
+    line: Sequence[str], env: Mapping[str, str], output: IO[bytes], timeout: float | None
+) -> int | None:
+    """Runs a process to its end and returns its exit code, or None after `timeout`."""
+    process = subprocess.Popen(
+        line,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        # A Ctrl-C reaches this process alone, which then ends the job in order.
+        start_new_session=True,
+    )
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Asks horovodrun to end its workers, and ends by force what is left."""
+    family = [psutil.Process(process.pid)]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family += family[0].children(recursive=True)
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE_SECONDS)
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+
+
+def _tail(path: Path, start: int) -> str:
+    with path.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    return "\n".join(lines[-_TAIL_LINES:]) or "(nothing was written)"

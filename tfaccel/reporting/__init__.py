@@ -1,0 +1,26 @@
+"""What was measured and what is in a model, as tables, pages and listings."""
+
+from tfaccel.reporting.inspection import (
+    Inspection,
+    LayerChange,
+    LayerFacts,
+    ModelDiff,
+    diff,
+    inspect,
+)
+from tfaccel.reporting.pages import render_html, summarize
+from tfaccel.reporting.tables import make_table
+from tfaccel.reporting.verdicts import Verdict
+
+__all__ = [
+    "Inspection",
+    "LayerChange",
+    "LayerFacts",
+    "ModelDiff",
+    "Verdict",
+    "diff",
+    "inspect",
+    "make_table",
+    "render_html",
+    "summarize",
+]

@@ -1,0 +1,113 @@
+"""What each technique says of each layer, in its own words."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import keras
+
+from tfaccel.core.graph import Graph, Node, flat_layers
+from tfaccel.core.stripping import bake_weights
+from tfaccel.core.transforms import transformed_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether a technique would touch a layer.
+
+    Attributes:
+        touched: whether it would.
+        reason: why, or why not.
+    """
+
+    touched: bool
+    reason: str
+
+
+Judge = Callable[[keras.Model], Mapping[str, Verdict]]
+
+
+def judge_pruning(model: keras.Model) -> dict[str, Verdict]:
+    """Returns what `pruning.prune` would do to each layer, by default."""
+    from tfaccel.pruning import selection_for
+    from tfaccel.pruning.unstructured import PruningMask
+
+    verdicts = {c.layer.name: Verdict(c.chosen, c.reason) for c in selection_for(model)}
+    for layer in transformed_layers(model):
+        if any(isinstance(transform, PruningMask) for _, transform in layer.transforms):
+            verdicts[layer.name] = Verdict(False, "pruned already")
+    return verdicts
+
+
+def judge_quantization(model: keras.Model) -> dict[str, Verdict]:
+    """Returns what `quantization.quantize_aware` would do to each layer, by default."""
+    from tfaccel.quantization import is_quantization_aware, plan
+
+    if is_quantization_aware(model):
+        already = Verdict(False, "quantization-aware already")
+        return {layer.name: already for layer in flat_layers(model)}
+    verdicts: dict[str, Verdict] = {}
+    for decision in plan(model):
+        verdict = Verdict(decision.action != "float", decision.reason)
+        # A layer that is called twice is touched if one of the calls is.
+        if decision.name not in verdicts or verdict.touched:
+            verdicts[decision.name] = verdict
+    return verdicts
+
+
+def judge_folding(model: keras.Model) -> dict[str, Verdict]:
+    """Returns what `rewriting.fold_batch_norm` would do to each layer of the exported model.
+
+    The rewrite is run and its result looked at; only why a batch normalization stays is worked out
+    from the graph.
+    """
+    from tfaccel.rewriting import fold_batch_norm
+
+    try:
+        plain = bake_weights(model)
+    except ValueError:
+        # A pruning schedule that never ran cannot be baked: what it wraps then stays as it is.
+        plain = model
+    left = {layer.name for layer in flat_layers(fold_batch_norm(plain))}
+    verdicts: dict[str, Verdict] = {}
+    for graph in _graphs(plain):
+        for node in graph.nodes:
+            if node.is_input or node.is_model or node.layer is None:
+                continue
+            if not isinstance(node.layer, keras.layers.BatchNormalization):
+                verdicts.setdefault(node.name, Verdict(False, "no batch normalization"))
+                continue
+            source = graph.producer(node.inputs[0])
+            if node.name in left:
+                verdicts[node.name] = Verdict(False, _why_not_folded(graph, node, source))
+            else:
+                verdicts[node.name] = Verdict(True, f"folded into {source.name!r}")
+                verdicts[source.name] = Verdict(True, f"takes {node.name!r} over")
+    return verdicts
+
+
+def _why_not_folded(graph: Graph, node: Node, source: Node) -> str:
+    if source.is_input:
+        return "reads the model's input, and no layer before it can take it over"
+    if not (hasattr(source.operation, "kernel_size") or hasattr(source.operation, "units")):
+        return f"follows {source.name!r}, which is no convolution or dense layer"
+    if len(graph.consumers(node.inputs[0])) > 1 or graph.is_output(node.inputs[0]):
+        return f"others read the output of {source.name!r} too"
+    if len(graph.calls(source.operation)) > 1 or len(graph.calls(node.operation)) > 1:
+        return "shared: called more than once"
+    activation = getattr(source.layer, "activation", keras.activations.linear)
+    if activation is not keras.activations.linear:
+        return f"{source.name!r} has an activation of its own between them"
+    return f"{source.name!r} ({type(source.layer).__name__}) cannot take it over"
+
+
+def _graphs(model: keras.Model) -> list[Graph]:
+    graph = Graph.read(model)
+    nested = {id(node.operation): node.operation for node in graph.nodes if node.is_model}
+    return [graph, *(inner for m in nested.values() for inner in _graphs(m))]
+
+
+TECHNIQUES: Mapping[str, Judge] = {
+    "prune": judge_pruning,
+    "quantize_aware": judge_quantization,
+    "fold_batch_norm": judge_folding,
+}
