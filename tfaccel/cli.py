@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import faulthandler
 import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -159,7 +161,7 @@ def run(recipe: Path, output: Path | None, workers: int | None, as_json: bool) -
     from tfaccel.reporting import make_table, summarize
 
     console = _console()
-    console.print(make_table(result.measurements))
+    console.print(make_table(result.measurements, width=console.width))
     console.print(summarize(result.measurements), highlight=False, soft_wrap=True)
     console.print(f"Report: {result.folder / 'report.html'}", highlight=False, soft_wrap=True)
 
@@ -205,7 +207,8 @@ def measure(
     if as_json:
         _print_json([dataclasses.asdict(record) for record in records])
     else:
-        _console().print(make_table(records))
+        console = _console()
+        console.print(make_table(records, width=console.width))
 
 
 @tfaccel.command(epilog=_EPILOG)
@@ -261,18 +264,31 @@ def export(
             raise ValueError(f"The output is a .tflite file, but got {str(output)!r}.")
         loaded = load_model(model)
         splits = load_data(data) if data else None
-        names = labels.read_text(encoding="utf-8").split("\n") if labels else None
+        names = labels.read_text(encoding="utf-8").splitlines() if labels else None
 
     from tfaccel.export import to_tflite
+    from tfaccel.quantization import scheme_of
 
+    trained = scheme_of(loaded)
+    chosen = scheme or (trained.name if trained else "float32")
+    if trained and chosen != trained.name:
+        raise click.UsageError(f"{model} was trained for {trained.name}; leave --scheme out.")
+    if chosen == "int8" and not trained and splits is None:
+        raise click.UsageError(
+            "--scheme int8 of a float model needs --data, to find the range of every value."
+        )
+    if io_dtype != "float32" and chosen != "int8":
+        raise click.UsageError(f"--io-dtype {io_dtype} needs int8, but the scheme is {chosen}.")
     artifact = to_tflite(
         loaded,
         output,
-        scheme,
+        chosen,
         io_dtype=io_dtype,
-        representative_data=splits.train.x[:256] if splits and scheme == "int8" else None,
+        representative_data=splits.train.x[:256]
+        if splits and chosen == "int8" and not trained
+        else None,
         verify_data=splits.validation.x[:64] if splits else None,
-        labels=[name for name in names if name] if names else None,
+        labels=names,
     )
     if as_json:
         _print_json(dataclasses.asdict(artifact))
@@ -328,7 +344,9 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
 def _console(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    console = Console(stderr=stderr)
+    # A pipe has no width; what reads it should not get tables cut to 80 columns.
+    return console if console.is_terminal else Console(stderr=stderr, width=160)
 
 
 def _print_json(content: Any) -> None:
@@ -337,11 +355,28 @@ def _print_json(content: Any) -> None:
 
 def main() -> None:
     """Runs the command: the entry point that setup.cfg names."""
-    # TensorFlow and absl write to stderr before Python code can stop them, so the environment must
-    # say it before the first import; whoever set these on purpose keeps them.
-    for name, value in {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE"}.items():
-        os.environ.setdefault(name, value)
+    if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
+        _silence_tensorflow()
     tfaccel()
+
+
+def _silence_tensorflow() -> None:
+    """Keeps the terminal to this program; set TF_CPP_MIN_LOG_LEVEL yourself to hear TensorFlow.
+
+    Its libraries write to file descriptor 2 while they are loaded, whatever the environment says.
+    So that descriptor leads nowhere, and Python's stderr goes on under another number.
+    """
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    try:
+        kept = os.dup(2)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        sys.stderr = os.fdopen(kept, "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+    except OSError:  # stderr is closed: there is nothing to keep quiet
+        return
+    faulthandler.enable(sys.stderr)
 
 
 if __name__ == "__main__":

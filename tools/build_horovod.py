@@ -2,9 +2,10 @@
 """Builds a Horovod wheel that works with the TensorFlow installed beside this Python, once.
 
 Horovod 0.28.1, the last release, does not compile against TensorFlow 2.21 as it is: one source
-file (`xla_mpi_ops.cc`, XLA on GPUs) needs a header that the TensorFlow wheel does not ship, and
-its launcher imports `distutils`, which Python 3.12 has no more. Both lines are changed, and the
-wheel is kept in a cache folder by Python version, TensorFlow version and architecture.
+file (`xla_mpi_ops.cc`, XLA on GPUs) needs a header that the TensorFlow wheel does not ship, its
+launcher imports `distutils`, which Python 3.12 has no more, and its check for stalled workers does
+nothing under Gloo. The three lines are changed, and the wheel is kept in a cache folder by Python
+version, TensorFlow version and architecture.
 
 Run it with the Python that Horovod is wanted for; it needs TensorFlow there, a C++ compiler, cmake
 and make. The path of the wheel is the only thing written on standard output:
@@ -33,7 +34,7 @@ from console import CommandError, ToolError
 
 VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-RECIPE = 1  # Part of the cache key: raise it when what is built changes.
+RECIPE = 2  # Part of the cache key: raise it when what is built changes.
 
 BUILD_FAILED, MISSING, BAD_SOURCES = 1, 3, 4
 
@@ -46,6 +47,11 @@ PATCHES = {
     "horovod/tensorflow/CMakeLists.txt": (
         'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")',
         "",
+    ),
+    # Reserved but never filled, so that under Gloo a stalled worker is never noticed.
+    "horovod/common/gloo/gloo_controller.cc": (
+        "global_ranks_.reserve(size_);",
+        "  global_ranks_.resize(size_);",
     ),
     "horovod/runner/js_run.py": (
         "from distutils.spawn import find_executable",
@@ -114,7 +120,7 @@ def cache_key(python: Sequence[int], tensorflow: str, machine: str) -> str:
     """The name of the folder that holds the wheel.
 
     >>> cache_key((3, 11, 7), "2.21.0", "x86_64")
-    'horovod-0.28.1-1-cp311-tensorflow2.21.0-x86_64'
+    'horovod-0.28.1-2-cp311-tensorflow2.21.0-x86_64'
     """
     minor = f"cp{python[0]}{python[1]}"
     return f"horovod-{VERSION}-{RECIPE}-{minor}-tensorflow{tensorflow}-{machine}"
@@ -254,7 +260,7 @@ def patch(source: Path) -> None:
 
 
 def compile_wheel(source: Path, work: Path, tensorflow: str, log: Path) -> Path:
-    """Builds the wheel. Its version says which TensorFlow it is for: 0.28.1+tf2.21.0."""
+    """Builds the wheel, whose version names TensorFlow and recipe: 0.28.1+tf2.21.0.2."""
     tools = work / "build-tools"
     pip = [sys.executable, "-m", "pip"]
     console.run(
@@ -268,7 +274,7 @@ def compile_wheel(source: Path, work: Path, tensorflow: str, log: Path) -> Path:
         "HOROVOD_WITHOUT_MXNET": "1",
         "HOROVOD_WITH_GLOO": "1",
         "HOROVOD_WITHOUT_MPI": "1",
-        "HOROVOD_LOCAL_VERSION": f"tf{tensorflow}",
+        "HOROVOD_LOCAL_VERSION": f"tf{tensorflow}.{RECIPE}",
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",  # Without it cmake 4 refuses Gloo's CMakeLists.
         "MAKEFLAGS": f"-j{os.cpu_count() or 1}",
         "PYTHONPATH": str(tools),

@@ -32,10 +32,20 @@ def test_splits_are_stratified():
     data = load_data("digits")
     total = np.bincount(load_digits().target)
 
-    np.testing.assert_allclose(np.bincount(data.test.y), 0.2 * total, atol=0.5)
-    np.testing.assert_allclose(
-        np.bincount(data.validation.y), 0.1 * (total - np.bincount(data.test.y)), atol=0.5
-    )
+    assert len(data.test) == round(0.2 * 1797)
+    assert len(data.validation) == round(0.1 * (1797 - len(data.test)))
+    np.testing.assert_allclose(np.bincount(data.test.y), 0.2 * total, atol=1)
+    rest = total - np.bincount(data.test.y)
+    np.testing.assert_allclose(np.bincount(data.validation.y), 0.1 * rest, atol=1)
+
+
+def test_few_samples_of_many_classes_can_be_split(tmp_path):
+    x = np.random.default_rng(0).random((30, 3)).astype(np.float32)
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=np.arange(30) % 10)
+
+    data = load_data(str(tmp_path / "own.npz"))
+
+    assert [len(split) for split in _splits(data)] == [22, 2, 6]
 
 
 def test_the_seed_decides_the_split():
@@ -73,7 +83,7 @@ def test_an_npz_file_without_test_is_split(tmp_path):
     data = load_data(str(tmp_path / "own.npz"))
 
     assert len(data.test) == 8  # a fifth of each class of 20
-    assert len(data.validation) == 4  # a tenth of the 16 left, rounded
+    assert len(data.validation) == 3  # a tenth of the 32 left
     assert rows(data.train) | rows(data.validation) | rows(data.test) == {r.tobytes() for r in x}
 
 

@@ -54,7 +54,7 @@ def test_wrong_arguments_are_one_clear_error():
         build_network("MobileNetV2", {"widht": 1.0}, (8, 8, 1), 10)
     with pytest.raises(RecipeError, match="no argument 'classes'"):
         build_network("cnn", {"classes": 3}, (8, 8, 1), 10)
-    with pytest.raises(RecipeError, match="cannot be built: .*above 0"):
+    with pytest.raises(RecipeError, match=r"cannot be built: .*above 0"):
         build_network("cnn", {"filters": [-4]}, (8, 8, 1), 10)
     with pytest.raises(RecipeError, match=r"samples of shape \[64\] cannot be built"):
         build_network("MobileNetV2", {}, (64,), 10)

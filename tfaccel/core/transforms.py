@@ -323,7 +323,7 @@ def wrap_layer(
     result = TransformedLayer(inner, [*kept, *new.items()], name=layer.name)
     for (_, before), (_, copy) in zip(old, kept, strict=True):
         for name, variable in before.state.items():
-            copy.state[name].assign(variable.value)
+            copy.state[name].assign(keras.ops.copy(variable.value))
     for key, transform in new.items():
         transform.initialize(keras.ops.convert_to_tensor(result.variable(key)))
     return result

@@ -13,8 +13,7 @@ _log = logging.getLogger("tfaccel.distributed")
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
-    """Gives every rank the weights and the optimizer state of one, at the first batch of each
-    `fit`.
+    """Gives every rank the weights and the optimizer state of one, as each `fit` begins.
 
     Random-seed states are left alone, so that dropout differs between ranks. The model should be
     built; one that is not gets its weights in the first batch, and they are broadcast after it.
@@ -60,8 +59,8 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         elif self.model.steps_per_execution > 1:
             raise ValueError(
                 f"{self.model.name!r} has no weights yet, and with steps_per_execution="
-                f"{self.model.steps_per_execution} it would be trained for several steps before they "
-                "can be broadcast. Build it first: model.build(input_shape)."
+                f"{self.model.steps_per_execution} it would be trained for several steps before "
+                "they can be broadcast. Build it first: model.build(input_shape)."
             )
 
     def on_train_batch_end(
@@ -103,7 +102,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
 
 
 def _keras_chooses_xla() -> bool:
-    """Whether `jit_compile="auto"` means XLA here: Keras says yes where there is more than a CPU."""
+    """Whether `jit_compile="auto"` means XLA here, as Keras decides it: not on a mere CPU."""
     import tensorflow as tf
 
     return any(device.device_type != "CPU" for device in tf.config.list_physical_devices())

@@ -91,7 +91,7 @@ def _raise_if_any(flags: Any, update: int, paths: Sequence[str]) -> None:
     raise RuntimeError(
         f"After {count} the weights of the ranks differ: {different[0]}{more} (of {len(paths)}). "
         "All ranks have to begin with the same weights: give fit() "
-        "tfaccel.distributed.callbacks.BroadcastGlobalVariablesCallback(0), or in a loop of your own "
-        "call broadcast_variables(model.weights) and broadcast_variables(optimizer.variables) before "
-        "the second step. If they did, something changes weights on some ranks only."
+        "tfaccel.distributed.callbacks.BroadcastGlobalVariablesCallback(0), or in a loop of your "
+        "own call broadcast_variables(model.weights) and broadcast_variables(optimizer.variables) "
+        "before the second step. If they did, something changes weights on some ranks only."
     )

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import psutil
 from tfaccel.distributed.runtime import BUILD_COMMAND
 
 _LAUNCHER = "horovod.runner.launch"
+_FIRST_TO_FAIL = re.compile(r"Process name: (?P<rank>\d+)\s+Exit code: (?P<code>-?\d+)")
 _TAIL_LINES = 40
 _GRACE_SECONDS = 20  # horovodrun itself gives its workers five, twice
 # Against waiting for ever: for a worker that starts late, and for one that has lost its way.
@@ -69,17 +71,13 @@ def run_workers(
         start = output.tell()
         code = _run(line, variables, output, timeout)
         if code != 0:
-            tail = _tail(Path(output.name), start)
-            what = shlex.join(command)
+            who, tail = _read_failure(Path(output.name), start, workers, code)
+            words = f"{shlex.join(command)}\nThe last lines of {output.name}:\n{tail}"
             if code is None:
                 raise TimeoutError(
-                    f"The job of {workers} workers was ended after {timeout:g} seconds: {what}\n"
-                    f"Its last lines ({output.name}):\n{tail}"
+                    f"The job took longer than {timeout:g} seconds and was ended: {words}"
                 )
-            raise RuntimeError(
-                f"A job of {workers} worker{'s' * (workers > 1)} failed (exit code {code}): {what}\n"
-                f"Its last lines ({output.name}):\n{tail}"
-            )
+            raise RuntimeError(f"{who} failed: {words}")
     if log is None:
         Path(output.name).unlink()
 
@@ -136,10 +134,18 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     process.wait()
+    psutil.wait_procs(family[1:], timeout=5)
 
 
-def _tail(path: Path, start: int) -> str:
+def _read_failure(path: Path, start: int, workers: int, code: int | None) -> tuple[str, str]:
+    """Returns which worker failed, and the last lines that it wrote."""
     with path.open("rb") as file:
         file.seek(start)
-        lines = file.read().decode("utf-8", "replace").splitlines()
-    return "\n".join(lines[-_TAIL_LINES:]) or "(nothing was written)"
+        text = file.read().decode("utf-8", "replace")
+    lines = text.splitlines()
+    who = f"The command of {workers} worker{'s' * (workers > 1)} (exit code {code})"
+    # horovodrun names the worker that ended first; the others are ended because of it.
+    if code is not None and (first := _FIRST_TO_FAIL.search(text)):
+        who = f"Worker {first['rank']} of {workers} (exit code {first['code']})"
+        lines = [line for line in lines if line.startswith(f"[{first['rank']}]<")] or lines
+    return who, "\n".join(lines[-_TAIL_LINES:]) or "(nothing was written)"

@@ -94,13 +94,13 @@ def _set_accumulation(optimizer: keras.optimizers.Optimizer, passes: int) -> Non
         return
     if own:
         raise ValueError(
-            f"backward_passes_per_step={passes} contradicts gradient_accumulation_steps={own} of the "
-            "optimizer. Give one of them."
+            f"backward_passes_per_step={passes} contradicts gradient_accumulation_steps={own} of "
+            "the optimizer. Give one of them."
         )
     if optimizer.built:
         raise ValueError(
-            f"backward_passes_per_step={passes} needs accumulators, which are made when the optimizer "
-            f"is built, and {optimizer.name!r} is built already. Make the optimizer with "
+            f"backward_passes_per_step={passes} needs accumulators, which are made when the "
+            f"optimizer is built, and {optimizer.name!r} is built already. Make the optimizer with "
             f"gradient_accumulation_steps={passes}."
         )
     optimizer.gradient_accumulation_steps = passes

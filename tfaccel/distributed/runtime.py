@@ -250,9 +250,7 @@ def barrier() -> None:
         hvd.allreduce(np.zeros(1, np.float32), op=hvd.Sum, name="tfaccel_barrier")
 
 
-def require_agreement(
-    what: str, lines: Sequence[str], labels: Sequence[str] | None = None
-) -> None:
+def require_agreement(what: str, lines: Sequence[str], labels: Sequence[str] | None = None) -> None:
     """Raises on every rank unless all ranks gave the same lines.
 
     Without this a rank whose tensors differ in number or name leaves the others waiting for ever.
@@ -326,7 +324,7 @@ def _import_horovod() -> Any:
     try:
         import horovod.tensorflow
     except ImportError as error:
-        missing = error.name == "horovod"
+        missing = (error.name or "").startswith("horovod")
         state = "is not installed" if missing else f"does not load ({error})"
         raise RuntimeError(
             f"This process was started as one of {count} workers, but Horovod {state} for "

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ import keras
 import numpy as np
 
 from tfaccel.core.artifacts import load_model, sha256, write_aside
-from tfaccel.core.checks import check_in, check_model, check_positive
+from tfaccel.core.checks import check_in, check_model, check_positive, check_type
 from tfaccel.core.graph import flat_layers
 from tfaccel.core.stripping import Strippable, bake_weights, strip
-from tfaccel.export.diagnosis import explain
-from tfaccel.export.freezing import quiet_tensorflow, save_frozen, to_float32
-from tfaccel.export.metadata import with_metadata
-from tfaccel.export.verification import Audit, Verification, audit, check_verified, verify
+from tfaccel.export.diagnosis import LOOPS, explain
+from tfaccel.export.freezing import end_names, name_scopes, save_frozen, to_float32
+from tfaccel.export.metadata import encode_facts, put_facts
+from tfaccel.export.packing import name_ends, pack, unpack
+from tfaccel.export.samples import Array, gather_samples
+from tfaccel.export.silence import quiet_tensorflow
+from tfaccel.export.verification import Verification, audit, check_verified, compare
 from tfaccel.quantization import SCHEMES, freeze_ranges, scheme_of
 from tfaccel.rewriting import fold_batch_norm
 
@@ -77,45 +80,56 @@ def to_tflite(
             model, else "float32".
         io_dtype: type of inputs and outputs of an int8 file: "float32", "int8" or "uint8".
         representative_data: for "int8" of a plain model, samples to find ranges with: an array
-            [samples, ...], a list of such for several inputs, or an iterable of batches (a
-            tf.data.Dataset of x or (x, y)). At most 512 samples are used.
+            [samples, ...], for several inputs a list of such or a dict by input name, or an iterable
+            of batches (a tf.data.Dataset of x or (x, y)). At most 512 samples are used.
         verify_data: samples, likewise, to compare the file with Keras on before it is kept.
         labels: names of the classes, put inside the file.
         metadata: JSON-like facts to put inside the file (see `read_metadata`).
         batch_size: samples that the file takes at once; None for any number, which some delegates
-            refuse.
+            refuse. A model whose own batch size is fixed keeps that.
         verbose: shows what the converter prints.
 
     Returns:
         What was written.
 
     Raises:
-        TypeError: the model is subclassed.
+        FileNotFoundError: there is no such .keras file.
+        TypeError: the model is subclassed, or labels are no list of strings.
         ValueError: the model is not built, an argument does not fit, a range was never trained, the
             converter refuses a layer (named, with a remedy), or the outputs are wrong.
     """
     source = model if isinstance(model, keras.Model) else load_model(model)
-    check_model(source, "to_tflite")
     target = Path(path)
-    chosen = _check_arguments(source, target, scheme, io_dtype, representative_data, batch_size)
-    samples = None if verify_data is None else _sample_list(source, verify_data, "verify_data")
+    chosen = _check_arguments(source, target, scheme, io_dtype, representative_data)
+    batch = _batch_of(source, batch_size)
+    _check_labels(source, labels)
+    facts = encode_facts(
+        {
+            "scheme": chosen,
+            "labels": None if labels is None else list(labels),
+            "source_sha256": _weights_hash(source),
+            "metadata": None if metadata is None else dict(metadata),
+        }
+    )
+    samples = None if verify_data is None else gather_samples(source, verify_data, "verify_data")
     ready = prepare(source)
+    calibration = None
+    if representative_data is not None:
+        calibration = gather_samples(
+            ready, representative_data, "representative_data", least=batch or 1
+        )
     with quiet_tensorflow(verbose=verbose):
-        content = _convert(ready, chosen, io_dtype, representative_data, batch_size)
-    facts = {
-        "scheme": chosen,
-        "labels": None if labels is None else list(labels),
-        "source_sha256": _weights_hash(source),
-        "metadata": None if metadata is None else dict(metadata),
-    }
-    content = with_metadata(content, facts)
-    verification, checked = None, Audit((), ())
+        content = _convert(ready, chosen, io_dtype, calibration, batch)
+    flatbuffer = unpack(content)
+    name_ends(flatbuffer, *end_names(source))
+    put_facts(flatbuffer, facts)
+    verification, float_tensors = None, ()
     with write_aside(target) as aside:
-        aside.write_bytes(content)
+        aside.write_bytes(pack(flatbuffer))
         if chosen == "int8":
-            checked = audit(aside)
+            float_tensors = audit(aside).float_tensors
         if samples is not None:
-            verification = verify(aside, source, samples)
+            verification = compare(aside, to_float32(source), samples)
             check_verified(verification, chosen, target)
     return Artifact(
         path=target,
@@ -123,7 +137,7 @@ def to_tflite(
         io_dtype=io_dtype if chosen == "int8" else "float32",
         size_bytes=target.stat().st_size,
         sha256=sha256(target),
-        float_tensors=checked.float_tensors,
+        float_tensors=float_tensors,
         verification=verification,
     )
 
@@ -135,31 +149,31 @@ def prepare(model: keras.Model) -> keras.Model:
         ValueError: a range was never trained, or a pruning schedule never ran.
     """
     baked = bake_weights(model)
-    if scheme_of(model) is None:
-        # Without ranges there is nothing of ours to keep.
-        baked = (
-            strip(baked) if any(isinstance(x, Strippable) for x in flat_layers(baked)) else baked
-        )
-    else:
+    if scheme_of(model) is not None:
         baked = freeze_ranges(baked)
+    elif any(isinstance(layer, Strippable) for layer in flat_layers(baked)):
+        # Without ranges there is nothing of ours to keep.
+        baked = strip(baked)
     return fold_batch_norm(to_float32(baked))
 
 
 def _check_arguments(
-    model: keras.Model,
-    target: Path,
-    scheme: str | None,
-    io_dtype: str,
-    representative_data: Any,
-    batch_size: int | None,
+    model: keras.Model, target: Path, scheme: str | None, io_dtype: str, representative_data: Any
 ) -> str:
+    check_model(model, "to_tflite")
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            f"to_tflite() needs Keras on TensorFlow, but the backend is "
+            f"{keras.backend.backend()!r}. Save the model (model.save('model.keras')) and export the "
+            "file in a process with KERAS_BACKEND=tensorflow, or by `tfaccel export`."
+        )
     if target.suffix != ".tflite":
         raise ValueError(f"to_tflite() writes a .tflite file, but the path is {str(target)!r}.")
     if target.is_dir():
         raise IsADirectoryError(f"{str(target)!r} is a folder; give the name of a file.")
+    if any(parent.is_file() for parent in target.parents):
+        raise NotADirectoryError(f"A part of {str(target)!r} is a file, not a folder.")
     check_in("io_dtype", io_dtype, IO_DTYPES)
-    if batch_size is not None:
-        check_positive("batch_size", batch_size)
     trained = scheme_of(model)
     chosen = SCHEMES.get(scheme).name if scheme else (trained.name if trained else "float32")
     if trained is not None and chosen != trained.name:
@@ -183,18 +197,52 @@ def _check_arguments(
     return chosen
 
 
+def _batch_of(model: keras.Model, batch_size: int | None) -> int | None:
+    if batch_size is not None:
+        check_type("batch_size", batch_size, int)
+        check_positive("batch_size", batch_size)
+    own = {tensor.shape[0] for tensor in model.inputs} - {None}
+    if not own:
+        return batch_size
+    (fixed,) = own if len(own) == 1 else (None,)
+    if fixed is None or batch_size not in (1, fixed):
+        raise ValueError(
+            f"{model.name!r} takes batches of {' and '.join(map(str, sorted(own)))}, so batch_size "
+            f"cannot be {batch_size!r}. Leave it out, or build the model on keras.Input(shape=...)."
+        )
+    return int(fixed)
+
+
+def _check_labels(model: keras.Model, labels: Sequence[str] | None) -> None:
+    if labels is None:
+        return
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"labels must be a list of strings, but got {labels!r}.")
+    classes = [tensor.shape[-1] for tensor in model.outputs if len(tensor.shape) > 1]
+    # One unit with a sigmoid tells two classes apart.
+    if len(labels) not in classes and not (len(labels) == 2 and 1 in classes):
+        raise ValueError(
+            f"labels must name each class, but there are {len(labels)} labels and "
+            f"{model.name!r} gives {' and '.join(map(str, classes)) or 'no'} classes."
+        )
+
+
 def _convert(
     model: keras.Model,
     scheme: str,
     io_dtype: str,
-    representative_data: Any,
+    calibration: list[Array] | None,
     batch_size: int | None,
 ) -> bytes:
     import tensorflow as tf
 
+    scopes = name_scopes(model)
     with tempfile.TemporaryDirectory(prefix="tfaccel-") as folder:
         try:
-            save_frozen(model, Path(folder), batch_size)
+            loops = save_frozen(model, Path(folder), batch_size)
+            if calibration is not None and loops:
+                # The converter would crash, and the process with it.
+                raise NotImplementedError(f"{LOOPS}: {loops}")
             converter = tf.lite.TFLiteConverter.from_saved_model(folder)
             if scheme != "float32":
                 converter.optimizations = [tf.lite.Optimize.DEFAULT]
@@ -203,69 +251,19 @@ def _convert(
             if scheme == "int8":
                 converter.inference_input_type = tf.as_dtype(io_dtype)
                 converter.inference_output_type = tf.as_dtype(io_dtype)
-            if representative_data is not None:
-                samples = _sample_list(model, representative_data, "representative_data")
-                converter.representative_dataset = lambda: _one_by_one(model, samples, batch_size)
+            if calibration is not None:
+                converter.representative_dataset = lambda: _portions(calibration, batch_size or 1)
             return bytes(converter.convert())
         except Exception as error:  # the converter raises whatever comes to it
-            raise explain(error, model, scheme) from error
+            raise explain(error, model, scheme, scopes) from error
 
 
-MOST_SAMPLES = 512
-
-
-def _sample_list(model: keras.Model, data: Any, argument: str) -> list[np.ndarray[Any, Any]]:
-    """Returns one array per input of the model, at most `MOST_SAMPLES` long."""
-    count = len(model.inputs)
-    if isinstance(data, np.ndarray):
-        arrays = [data]
-    elif isinstance(data, dict):
-        arrays = [np.asarray(data[tensor.name]) for tensor in model.inputs if tensor.name in data]
-    elif isinstance(data, (list, tuple)) and count > 1:
-        arrays = [np.asarray(array) for array in data]
-    elif isinstance(data, Iterable):
-        arrays = _gather(data, count)
-    else:
-        arrays = [np.asarray(data)]
-    wanted = [tuple(tensor.shape) for tensor in model.inputs]
-    fits = len(arrays) == count and all(
-        array.ndim == len(shape)
-        and all(size in (None, n) for size, n in zip(shape[1:], array.shape[1:], strict=True))
-        for array, shape in zip(arrays, wanted, strict=True)
-    )
-    if not fits or not len(arrays[0]):
-        raise ValueError(
-            f"{argument} must hold samples for {model.name!r}, which takes {_listed(wanted)}, but "
-            f"got {_listed([array.shape for array in arrays])}."
-        )
-    pairs = zip(arrays, model.inputs, strict=True)
-    return [array[:MOST_SAMPLES].astype(tensor.dtype, copy=False) for array, tensor in pairs]
-
-
-def _gather(batches: Iterable[Any], count: int) -> list[np.ndarray[Any, Any]]:
-    parts: list[list[np.ndarray[Any, Any]]] = []
-    total = 0
-    for batch in batches:
-        x = batch[0] if isinstance(batch, tuple) else batch
-        arrays = [np.asarray(value) for value in (keras.tree.flatten(x) if count > 1 else [x])]
-        parts.append(arrays)
-        total += len(arrays[0]) if arrays[0].ndim else 0
-        if total >= MOST_SAMPLES:
-            break
-    return (
-        [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else [np.empty(0)]
-    )
-
-
-def _one_by_one(
-    model: keras.Model, samples: list[np.ndarray[Any, Any]], batch_size: int | None
-) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
-    from tfaccel.export.freezing import input_names
-
-    step = batch_size or 1
-    for begin in range(0, len(samples[0]) - step + 1, step):
-        names = input_names(model)
-        yield {n: s[begin : begin + step] for n, s in zip(names, samples, strict=True)}
+def _portions(samples: list[Array], size: int) -> Iterator[dict[str, Array]]:
+    for begin in range(0, len(samples[0]) - size + 1, size):
+        yield {
+            f"input_{number:03}": array[begin : begin + size]
+            for number, array in enumerate(samples)
+        }
 
 
 def _weights_hash(model: keras.Model) -> str:
@@ -273,7 +271,3 @@ def _weights_hash(model: keras.Model) -> str:
     for weight in model.get_weights():
         digest.update(np.ascontiguousarray(weight).tobytes())
     return digest.hexdigest()
-
-
-def _listed(shapes: list[tuple[int | None, ...]]) -> str:
-    return " and ".join(str([s if s is not None else "any" for s in shape]) for shape in shapes)

@@ -1,12 +1,17 @@
 """What the converter's errors mean: which layer, and what to do."""
 
 import re
+from collections.abc import Mapping
 
 import keras
 
-from tfaccel.core.graph import flat_layers
+LOOPS = "loops and branches cannot be calibrated"
 
 _REMEDIES = {
+    LOOPS: (
+        "Static int8 needs a graph without loops. Give recurrent layers unroll=True, or use "
+        "scheme='dynamic_int8'."
+    ),
     "is neither a custom op nor a flex op": (
         "LiteRT has no such operator. Replace the layer by one that it has "
         "(tfaccel.rewriting, or another activation), or cut the model before it."
@@ -25,32 +30,35 @@ _REMEDIES = {
 _FALLBACK = "Export with verbose=True to see all that the converter says."
 
 
-def explain(error: Exception, model: keras.Model, scheme: str) -> Exception:
+def explain(
+    error: Exception, model: keras.Model, scheme: str, scopes: Mapping[str, str]
+) -> Exception:
     """Returns one clear error for what the converter raised.
 
     Args:
         error: what was raised.
         model: what was being converted.
         scheme: to what.
+        scopes: what each layer's scope in TensorFlow's graph stands for.
 
     Returns:
         A ValueError that names operator and layer as far as they can be told, and a remedy.
     """
     text = str(error)
     operators = sorted(set(re.findall(r"'?(tf\.[A-Z]\w+)'? op", text)))
-    layers = _named_layers(text, model)
+    layers = _named_layers(text, scopes)
     remedy = next((r for sign, r in _REMEDIES.items() if sign in text), _FALLBACK)
     where = f" at layer {' or '.join(layers)}" if layers else ""
     what = f" ({', '.join(operators)})" if operators else f": {_first_line(text, error)}"
     return ValueError(f"{model.name!r} does not convert to {scheme} .tflite{where}{what}. {remedy}")
 
 
-def _named_layers(text: str, model: keras.Model) -> list[str]:
+def _named_layers(text: str, scopes: Mapping[str, str]) -> list[str]:
     """Returns the layers whose scope an error's locations name."""
     found = [
-        f"{layer.name!r} ({type(layer).__name__})"
-        for layer in flat_layers(model)
-        if re.search(rf"/{re.escape(layer.name)}(_\d+)?/", text)
+        layer
+        for scope, layer in scopes.items()
+        if re.search(rf"/{re.escape(scope)}(_\d+)?/", text)
     ]
     return found[:3]
 

@@ -1,10 +1,6 @@
 """A Keras model as a frozen TensorFlow graph with a signature: what the converter reads best."""
 
-import contextlib
-import logging
 import re
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +8,24 @@ import keras
 
 from tfaccel.core import keras_private
 from tfaccel.core.cloning import copy_state
-from tfaccel.core.graph import Graph, map_models
-from tfaccel.core.quiet import silence_native_output
+from tfaccel.core.graph import Graph, flat_layers, map_models
+
+_LOOPS = ("While", "StatelessWhile", "If", "StatelessIf")
 
 
-def save_frozen(model: keras.Model, folder: Path, batch_size: int | None) -> None:
+def save_frozen(model: keras.Model, folder: Path, batch_size: int | None) -> list[str]:
     """Writes a SavedModel whose weights are constants.
 
     Fake-quantization ranges fold only as constants, and only a SavedModel gives the .tflite file a
-    signature.
+    signature. Inputs and outputs get numbered names.
 
     Args:
-        model: a Functional or Sequential model in float32.
+        model: a Functional or Sequential model in float32, of names that `name_scopes` has made.
         folder: where to write.
         batch_size: samples that the file takes at once, None for any number.
+
+    Returns:
+        Names of the graph's loops and branches, each within its layer's scope.
     """
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import (  # no public path
@@ -34,63 +34,102 @@ def save_frozen(model: keras.Model, folder: Path, batch_size: int | None) -> Non
 
     structure = keras_private.functional_of(model).input
     specs = [
-        tf.TensorSpec((batch_size, *tensor.shape[1:]), tensor.dtype, name=name)
-        for name, tensor in zip(input_names(model), model.inputs, strict=True)
+        tf.TensorSpec((batch_size, *tensor.shape[1:]), tensor.dtype, name=f"input_{number:03}")
+        for number, tensor in enumerate(model.inputs)
     ]
-    names = output_names(model)
 
     @tf.function(input_signature=specs, autograph=False)
     def run(*tensors: Any) -> Any:
         # A scope of our own: TensorFlow allows no root scope that begins with an underscore.
         with tf.name_scope("model"):
             inputs = keras.tree.pack_sequence_as(structure, list(tensors))
-            outputs = keras.tree.flatten(model(inputs, training=False))
-        return dict(zip(names, outputs, strict=True))
+            return _numbered(keras.tree.flatten(model(inputs, training=False)))
 
-    concrete = run.get_concrete_function()
-    # A dict comes out of a graph in the order of its sorted keys.
-    order = sorted(names)
-    frozen = convert_variables_to_constants_v2(concrete)
+    frozen = convert_variables_to_constants_v2(
+        run.get_concrete_function(), lower_control_flow=False
+    )
 
     @tf.function(input_signature=specs, autograph=False)
     def serve(*tensors: Any) -> Any:
-        return dict(zip(order, frozen(*map(tf.convert_to_tensor, tensors)), strict=True))
+        # A dict comes out of a graph in the order of its sorted keys.
+        return _numbered(frozen(*map(tf.convert_to_tensor, tensors)))
 
     module = tf.Module()
     module.serve = serve
-    tf.saved_model.save(
-        module, str(folder), signatures={"serving_default": serve.get_concrete_function()}
-    )
+    # Gradients of swish and the like cannot be saved with constants, and nobody needs them here.
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    signatures = {"serving_default": serve.get_concrete_function()}
+    tf.saved_model.save(module, str(folder), signatures=signatures, options=options)
+    return [op.name for op in frozen.graph.get_operations() if op.type in _LOOPS]
 
 
-def input_names(model: keras.Model) -> list[str]:
-    """Returns the names of the signature's inputs: those of the model's, fit for TensorFlow."""
-    return _plain_names([tensor.name for tensor in model.inputs])
+def _numbered(outputs: Any) -> dict[str, Any]:
+    return {f"output_{number:03}": output for number, output in enumerate(outputs)}
 
 
-def output_names(model: keras.Model) -> list[str]:
-    """Returns the names of the signature's outputs, in the order of the model's outputs."""
-    return _plain_names(keras_private.functional_of(model).output_names)
+def end_names(model: keras.Model) -> tuple[list[str], list[str]]:
+    """Returns the names of a model's inputs and outputs, for the file's signature.
+
+    A dict's keys, else the names of the input layers and of the layers that give the outputs;
+    numbered where two are equal.
+    """
+    graph = Graph.read(model)
+    functional = keras_private.functional_of(model)
+    inputs = [graph.producer(tensor).name for tensor in graph.inputs]
+    outputs = [graph.producer(tensor).name for tensor in graph.outputs]
+    return _told_apart(functional.input, inputs), _told_apart(functional.output, outputs)
 
 
-def _plain_names(names: list[str]) -> list[str]:
-    plain: list[str] = []
-    for name in names:
-        base = candidate = re.sub(r"\W", "_", name, flags=re.ASCII).lstrip("_") or "tensor"
+def _told_apart(structure: Any, producers: list[str]) -> list[str]:
+    names: list[str] = []
+    paths = [path for path, _ in keras.tree.flatten_with_path(structure)]
+    for path, producer in zip(paths, producers, strict=True):
+        keyed = any(isinstance(part, str) for part in path)
+        base = candidate = "_".join(map(str, path)) if keyed else producer
         number = 0
-        while candidate in plain:
+        while candidate in names:
             number += 1
             candidate = f"{base}_{number}"
-        plain.append(candidate)
-    return plain
+        names.append(candidate)
+    return names
+
+
+def name_scopes(model: keras.Model) -> dict[str, str]:
+    """Renames the layers whose names TensorFlow refuses, in place.
+
+    Args:
+        model: a copy that nobody else holds.
+
+    Returns:
+        What each layer's scope in the graph stands for: the layer's own name and class.
+    """
+    layers = {id(layer): layer for layer in (*keras_private.sublayers(model), *flat_layers(model))}
+    own_names = {id(layer): layer.name for layer in layers.values()}
+    taken = set(own_names.values())
+    for layer in layers.values():
+        if re.fullmatch(r"[A-Za-z0-9_.>-]+", layer.name):
+            continue
+        base = candidate = re.sub(r"[^A-Za-z0-9_.>-]", "_", layer.name)
+        number = 0
+        while candidate in taken:
+            number += 1
+            candidate = f"{base}_{number}"
+        taken.add(candidate)
+        layer.name = candidate
+    return {
+        layer.name: f"{own_names[id(layer)]!r} ({type(layer).__name__})"
+        for layer in flat_layers(model)
+    }
 
 
 def to_float32(model: keras.Model) -> keras.Model:
-    """Returns the model with every mixed-precision layer computing in float32.
+    """Returns the model with every layer computing in float32; itself if all do already.
 
     Half precision is a matter of training; the converter has no bfloat16 and quantizes float32
     only.
     """
+    if all(_in_float32(x.get_config()) == x.get_config() for x in flat_layers(model)):
+        return model
 
     def edit(graph: Graph) -> None:
         for layer in graph.layers():
@@ -119,22 +158,3 @@ def _in_float32(config: Any) -> Any:
     if isinstance(config, list):
         return [_in_float32(value) for value in config]
     return config
-
-
-@contextlib.contextmanager
-def quiet_tensorflow(*, verbose: bool) -> Iterator[None]:
-    """Keeps what TensorFlow and its converter print from the terminal, unless `verbose`."""
-    if verbose:
-        yield
-        return
-    loggers = [logging.getLogger(name) for name in ("tensorflow", "absl")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), silence_native_output():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,18 @@ import keras
 import numpy as np
 
 from tfaccel.core import keras_private
-from tfaccel.export.freezing import input_names, output_names
+from tfaccel.core.checks import check_file, check_model
+from tfaccel.export.freezing import to_float32
+from tfaccel.export.packing import unpack
+from tfaccel.export.samples import Array, gather_samples
 from tfaccel.measurement.interpreter import TFLiteModel
 
+_BATCH = 64
 # The largest error, as a share of the largest output, that float arithmetic explains.
 _TOLERANCES = {"float32": 1e-3, "float16": 3e-2}
-_LEAST_AGREEMENT = 0.5
+# Below these an 8-bit file is not inexact but wrong.
+_LEAST_AGREEMENT, _LEAST_SAMPLES = 0.5, 16
+_MOST_MEAN_ERROR = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,77 +30,138 @@ class Verification:
 
     Attributes:
         samples: how many were compared.
-        max_abs_error: the largest difference of an output.
-        mean_abs_error: the mean difference.
-        largest_output: the largest output of Keras, in absolute value, to hold the errors against.
-        top1_agreement: share of samples for which both name the same class (over all outputs with
-            two or more classes); None if there is no such output.
+        max_abs_error: the largest difference of an output; infinite if the file gives NaN.
+        mean_abs_error: the mean difference, likewise.
+        largest_output: the largest output of Keras, in absolute value, to hold the largest error
+            against.
+        mean_abs_output: the mean output of Keras, in absolute value, to hold the mean error against.
+        top1_agreement: share of samples for which both name the same class, over all outputs
+            [batch, classes] with two or more classes; None if there is no such output.
     """
 
     samples: int
     max_abs_error: float
     mean_abs_error: float
     largest_output: float
+    mean_abs_output: float
     top1_agreement: float | None
 
 
-def verify(
-    path: str | os.PathLike[str], model: keras.Model, data: list[np.ndarray[Any, Any]]
-) -> Verification:
-    """Compares a .tflite file with a Keras model.
+def verify(path: str | os.PathLike[str], model: keras.Model, data: Any) -> Verification:
+    """Compares a .tflite file with the Keras model that it was exported from.
 
     Args:
-        path: the file, exported from `model`.
-        model: a Functional or Sequential model; a quantization-aware one rounds as in inference.
-        data: one array [samples, ...] per input.
+        path: the file.
+        model: a built Functional or Sequential model; a quantization-aware one rounds as in
+            inference, one in mixed precision is compared in float32, as it is exported.
+        data: an array [samples, ...], for several inputs a list of such or a dict by input name, or
+            an iterable of batches. At most 512 samples are used.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: the model is subclassed.
+        ValueError: it is no .tflite file, or the data does not fit the model or the file.
     """
+    check_file(path, "verify", suffixes=(".tflite",))
+    check_model(model, "verify")
+    return compare(path, to_float32(model), gather_samples(model, data, "data"))
+
+
+def compare(path: str | os.PathLike[str], model: keras.Model, samples: list[Array]) -> Verification:
+    """Compares a .tflite file with a model in float32, on one array per input."""
     file = TFLiteModel(path)
-    given = dict(zip(input_names(model), data, strict=True))
-    names = [info.name for info in file.inputs]
-    ours = file.predict([given[n] for n in names] if len(names) > 1 else given[names[0]])
-    found = dict(zip([info.name for info in file.outputs], _as_list(ours), strict=True))
-    structure = keras_private.functional_of(model).input
-    outputs: list[list[np.ndarray[Any, Any]]] = []
-    for begin in range(0, len(data[0]), 64):
-        batch = [array[begin : begin + 64] for array in data]
-        packed = keras.tree.pack_sequence_as(structure, batch)
-        raw = keras.tree.flatten(model(packed, training=False))
-        outputs.append([np.asarray(keras.ops.convert_to_numpy(value)) for value in raw])
-    expected = [np.concatenate(parts).astype(np.float64) for parts in zip(*outputs, strict=True)]
-    pairs = [
-        (found[n].astype(np.float64), e) for n, e in zip(output_names(model), expected, strict=True)
+    found = file.predict(samples if len(samples) > 1 else samples[0])
+    pairs = list(
+        zip(
+            [array.astype(np.float64) for array in (found if isinstance(found, list) else [found])],
+            _predict(model, samples, file.inputs[0].shape[0]),
+            strict=True,
+        )
+    )
+    errors = np.concatenate([_distance(ours, keras_s).ravel() for ours, keras_s in pairs])
+    outputs = np.abs(np.concatenate([keras_s.ravel() for _, keras_s in pairs]))
+    votes = [
+        ours.argmax(-1) == keras_s.argmax(-1)
+        for ours, keras_s in pairs
+        if keras_s.ndim == 2 and keras_s.shape[-1] > 1
     ]
-    errors = np.concatenate([np.abs(a - b).ravel() for a, b in pairs])
-    votes = [a.argmax(-1).ravel() == b.argmax(-1).ravel() for a, b in pairs if b.shape[-1] > 1]
     return Verification(
-        samples=len(data[0]),
+        samples=len(samples[0]),
         max_abs_error=float(errors.max()),
         mean_abs_error=float(errors.mean()),
-        largest_output=max(float(np.abs(e).max()) for e in expected),
+        largest_output=float(outputs.max()),
+        mean_abs_output=float(outputs.mean()),
         top1_agreement=float(np.concatenate(votes).mean()) if votes else None,
     )
+
+
+def _predict(model: keras.Model, samples: list[Array], portion: int) -> list[Array]:
+    structure = keras_private.functional_of(model).input
+    fixed = model.inputs[0].shape[0]
+    step = fixed or max(_BATCH, portion)
+    parts = []
+    for begin in range(0, len(samples[0]), step):
+        batch = [array[begin : begin + step] for array in samples]
+        missing = step - len(batch[0]) if fixed else 0
+        padded = [np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for a in batch]
+        outputs = model(keras.tree.pack_sequence_as(structure, padded), training=False)
+        arrays = [keras.ops.convert_to_numpy(value) for value in keras.tree.flatten(outputs)]
+        parts.append([array[: len(batch[0])].astype(np.float64) for array in arrays])
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+def _distance(ours: Array, expected: Array) -> Array:
+    """Returns |ours - expected|: zero where both are the same infinity, infinite where one is NaN."""
+    with np.errstate(invalid="ignore"):
+        distance = np.where(ours == expected, 0.0, np.abs(ours - expected))
+    return np.where(np.isnan(distance), np.inf, distance)
 
 
 def check_verified(verification: Verification, scheme: str, path: Path) -> None:
     """Refuses a file whose outputs rounding cannot explain.
 
     Raises:
-        ValueError: an output is not finite, a float file is off, or most classes differ.
+        ValueError: an output is not finite, a float file is off, or an 8-bit file names other
+            classes for most of 16 or more samples, or is off by half of its outputs on average.
     """
     v = verification
-    tolerance = _TOLERANCES.get(scheme)
-    limit = None if tolerance is None else tolerance * max(v.largest_output, 1e-6)
-    off = not np.isfinite(v.max_abs_error) or (limit is not None and v.max_abs_error > limit)
-    differs = v.samples >= 16 and (v.top1_agreement or 1.0) < _LEAST_AGREEMENT
-    if off or (limit is None and differs):
-        agreement = "none" if v.top1_agreement is None else f"{v.top1_agreement:.1%}"
-        raise ValueError(
-            f"{path.name!r} was not kept: as {scheme} its outputs are up to {v.max_abs_error:.3g} "
-            f"from Keras's (largest output {v.largest_output:.3g}), top-1 agreement {agreement} on "
-            f"{v.samples} samples. For int8, give more representative data or train "
-            "quantization-aware; for float, a layer converts wrongly: export parts of the model to "
-            "find it."
+    agreement = 1.0 if v.top1_agreement is None else v.top1_agreement
+    if not np.isfinite(v.max_abs_error):
+        wrong = True
+    elif scheme in _TOLERANCES:
+        wrong = v.max_abs_error > _TOLERANCES[scheme] * max(v.largest_output, 1e-6)
+    else:
+        differs = v.samples >= _LEAST_SAMPLES and agreement < _LEAST_AGREEMENT
+        wrong = differs or v.mean_abs_error > _MOST_MEAN_ERROR * v.mean_abs_output
+    if wrong:
+        share = "" if v.top1_agreement is None else f", top-1 agreement {v.top1_agreement:.1%}"
+        remedy = (
+            "A layer converts wrongly or overflows: export parts of the model to find it."
+            if scheme in _TOLERANCES
+            else "Give more representative data, train quantization-aware, or use scheme='float16'."
         )
+        raise ValueError(
+            f"{path.name!r} was not kept: as {scheme} its outputs are up to {v.max_abs_error:.3g}, on "
+            f"average {v.mean_abs_error:.3g}, from Keras's (largest {v.largest_output:.3g}, on "
+            f"average {v.mean_abs_output:.3g}){share} on {v.samples} samples. {remedy}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedTensor:
+    """A value or constant that is stored as integers: real = scale * (integer - zero_point).
+
+    Attributes:
+        dtype: "int8", "uint8", "int32" (biases) and so on.
+        scales: one, or one per slice along `axis`.
+        zero_points: likewise.
+        axis: of the scales, where there are several.
+    """
+
+    dtype: str
+    scales: tuple[float, ...]
+    zero_points: tuple[int, ...]
+    axis: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,25 +171,47 @@ class Audit:
     Attributes:
         float_tensors: names of the float values and constants inside, inputs and outputs of the
             file apart.
-        quantized_tensors: names of those that are integers with a scale.
+        quantized_tensors: those that are integers with a scale, by name.
     """
 
     float_tensors: tuple[str, ...]
-    quantized_tensors: tuple[str, ...]
+    quantized_tensors: dict[str, QuantizedTensor]
 
 
 def audit(path: str | os.PathLike[str]) -> Audit:
-    """Reads from a .tflite file what is float and what is quantized, without running it."""
-    file = TFLiteModel(path, delegates=False)
-    ends = {info.index for info in (*file.inputs, *file.outputs)}
-    floats, quantized = [], []
-    for tensor in file.tensor_details():
-        if np.issubdtype(tensor["dtype"], np.floating) and tensor["index"] not in ends:
-            floats.append(tensor["name"])
-        elif len(tensor["quantization_parameters"]["scales"]):
-            quantized.append(tensor["name"])
-    return Audit(tuple(name for name in floats if name), tuple(quantized))
+    """Reads from a .tflite file what is float and what is quantized, without running it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no .tflite file.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+
+    types = {value: name for name, value in vars(schema.TensorType).items()}
+    floats: list[str] = []
+    quantized: dict[str, QuantizedTensor] = {}
+    for tensor, is_end in _tensors(path):
+        name, dtype = tensor.name.decode("utf-8"), types[tensor.type].lower()
+        scales = getattr(tensor.quantization, "scale", None)
+        if "float" in dtype:
+            if not is_end:
+                floats.append(name)
+        elif scales is not None and len(scales):
+            quantized[name] = QuantizedTensor(
+                dtype=dtype,
+                scales=tuple(map(float, scales)),
+                zero_points=tuple(map(int, tensor.quantization.zeroPoint)),
+                axis=int(tensor.quantization.quantizedDimension),
+            )
+    return Audit(tuple(floats), quantized)
 
 
-def _as_list(values: Any) -> list[Any]:
-    return list(values) if isinstance(values, list) else [values]
+def _tensors(path: str | os.PathLike[str]) -> Iterator[tuple[Any, bool]]:
+    """Yields every tensor of every subgraph, and whether it is an input or output of the file."""
+    file = check_file(path, "audit", suffixes=(".tflite",))
+    TFLiteModel(file, delegates=False)  # verifies every offset, which the reader does not
+    model = unpack(file.read_bytes())
+    for number, graph in enumerate(model.subgraphs):
+        ends = {*graph.inputs, *graph.outputs} if number == 0 else set()
+        for index, tensor in enumerate(graph.tensors):
+            yield tensor, index in ends

@@ -127,7 +127,7 @@ class TFLiteModel:
             ) from error
         return interpreter
 
-    def _signature_names(self) -> tuple[dict[int, str], dict[int, str]]:
+    def _signature_names(self) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
         if not self._interpreter.get_signature_list():
             return {}, {}
         with silence_native_output():
@@ -135,8 +135,7 @@ class TFLiteModel:
                 next(iter(self._interpreter.get_signature_list()))
             )
             details = runner.get_input_details(), runner.get_output_details()
-        names_in, names_out = ({d["index"]: name for name, d in kind.items()} for kind in details)
-        return names_in, names_out
+        return _by_index(details[0]), _by_index(details[1])
 
     def predict(self, x: Any) -> Any:
         """Runs the model on samples of any number.
@@ -248,12 +247,21 @@ class TFLiteModel:
         return values
 
 
-def _describe(details: Mapping[str, Any], names: Mapping[int, str]) -> TensorInfo:
+def _by_index(kind: Mapping[str, Mapping[str, Any]]) -> dict[int, list[str]]:
+    """Returns the names of each tensor: one that is two outputs at once has two."""
+    names: dict[int, list[str]] = {}
+    for name, details in kind.items():
+        names.setdefault(details["index"], []).append(name)
+    return names
+
+
+def _describe(details: Mapping[str, Any], names: Mapping[int, list[str]]) -> TensorInfo:
+    own = names.get(details["index"])
     scale, zero_point = details["quantization"]
     shape = tuple(int(n) for n in details["shape"])
     signature = tuple(int(n) for n in details["shape_signature"])
     return TensorInfo(
-        name=names.get(details["index"], details["name"]),
+        name=own.pop(0) if own else details["name"],
         shape=shape,
         # A file without free sizes may leave its signature out.
         signature=signature if len(signature) == len(shape) else shape,

@@ -212,6 +212,20 @@ def _fake_quantize(values: Any, low: Any, high: Any, bits: int) -> Any:
         import tensorflow as tf
 
         return tf.quantization.fake_quant_with_min_max_vars(values, low, high, num_bits=bits)
+    return round_to_grid(values, low, high, bits)
+
+
+def round_to_grid(values: Any, low: Any, high: Any, bits: int) -> Any:
+    """Rounds to 2^bits levels between low and high, both moved so that zero is a level.
+
+    What TensorFlow's `fake_quant_with_min_max_vars` computes, for the other backends.
+
+    Args:
+        values: float32 of any shape.
+        low: at most 0.
+        high: above 0.
+        bits: 2 to 8.
+    """
     ops = keras.ops
     levels = 2**bits - 1
     scale = (high - low) / levels

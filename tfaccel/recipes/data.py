@@ -204,17 +204,21 @@ def _checked(
 
 
 def _hold_out(split: Split, share: float, seed: int, part: str, name: str) -> tuple[Split, Split]:
-    """Returns (rest, held out), `share` of every class held out."""
+    """Returns (rest, held out): `share` of all, and of every class to within one sample."""
     rng = np.random.default_rng(seed)
-    held = np.zeros(len(split), bool)
-    for label in np.unique(split.y):
-        members = rng.permutation(np.flatnonzero(split.y == label))
-        held[members[: round(share * len(members))]] = True
-    if held.all() or not held.any():
+    count = max(1, round(share * len(split)))
+    if count >= len(split):
         raise DataError(
             f"{name}: {len(split)} samples are too few to hold {share:.0%} out for {part}. "
             "Give more samples, or another share."
         )
+    # Each class is spread evenly over 0..1, from a random start; what lies lowest is held out.
+    place = np.empty(len(split))
+    for label in np.unique(split.y):
+        members = rng.permutation(np.flatnonzero(split.y == label))
+        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    held = np.zeros(len(split), bool)
+    held[np.argsort(place, kind="stable")[:count]] = True
     return Split(split.x[~held], split.y[~held]), Split(split.x[held], split.y[held])
 
 

@@ -135,7 +135,7 @@ _OURS = ("input_shape", "classes")
 
 
 def _builder(architecture: str) -> Callable[..., keras.Model]:
-    own = {"cnn": cnn, "mobile": mobile}
+    own: dict[str, Callable[..., keras.Model]] = {"cnn": cnn, "mobile": mobile}
     if architecture in own:
         return own[architecture]
     import tfaccel.architectures

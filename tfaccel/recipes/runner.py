@@ -18,7 +18,7 @@ from tfaccel import __version__
 from tfaccel.core.artifacts import load_model, save_model, sha256, write_json
 from tfaccel.measurement import Measurement, measure
 from tfaccel.recipes.cache import StepCache, hash_of
-from tfaccel.recipes.data import Splits, load_data
+from tfaccel.recipes.data import load_data
 from tfaccel.recipes.models import build_network
 from tfaccel.recipes.reading import with_workers
 from tfaccel.recipes.schema import ExportSettings, Recipe, Stage
@@ -39,6 +39,7 @@ class StageResult:
         tflite: its .tflite file.
         seconds: how long the training took.
         figures: loss and accuracy after the last epoch, by Keras's names.
+        exported: scheme of the .tflite file, and how far it is from Keras.
         reused: whether the model was there from an earlier run.
         measurement: of the .tflite file, on the test split.
     """
@@ -49,6 +50,7 @@ class StageResult:
     tflite: Path
     seconds: float
     figures: Mapping[str, float]
+    exported: Mapping[str, Any]
     reused: bool
     measurement: Measurement
 
@@ -190,7 +192,7 @@ class _Run:
             trained = self._train(stage)
         model = self._model_path(stage)
         tflite = model.with_suffix(".tflite")
-        self._export(stage, model, tflite)
+        exported = self._export(stage, model, tflite)
         result = StageResult(
             name=stage.name,
             verb=stage.verb,
@@ -198,6 +200,7 @@ class _Run:
             tflite=tflite,
             seconds=trained["seconds"],
             figures=trained["figures"],
+            exported=exported,
             reused=reused,
             measurement=self._measure(stage, tflite),
         )
@@ -266,16 +269,46 @@ class _Run:
         self._cache.keep(f"{stage.name}.model", key, path, facts)
         return facts
 
-    def _export(self, stage: Stage, model: Path, tflite: Path) -> None:
+    def _export(self, stage: Stage, model: Path, tflite: Path) -> dict[str, Any]:
         settings = stage.export or self._recipe.export
         if stage.quantize_aware:
             settings = settings.model_copy(update={"scheme": None})
         key = hash_of(__version__, sha256(model), settings.model_dump(), self._data.digest)
-        if self._cache.find(f"{stage.name}.tflite", key, tflite) is not None:
-            return
-        self._listener.step_started(stage, "exporting")
-        export_model(load_model(model), tflite, settings, self._data, self._recipe, stage)
-        self._cache.keep(f"{stage.name}.tflite", key, tflite, {})
+        facts = self._cache.find(f"{stage.name}.tflite", key, tflite)
+        if facts is None:
+            self._listener.step_started(stage, "exporting")
+            facts = self._convert(stage, model, tflite, settings)
+            self._cache.keep(f"{stage.name}.tflite", key, tflite, facts)
+        return facts
+
+    def _convert(
+        self, stage: Stage, model: Path, tflite: Path, settings: ExportSettings
+    ) -> dict[str, Any]:
+        from tfaccel.export import to_tflite
+
+        whole = stage.quantize_aware is not None or settings.scheme == "int8"
+        artifact = to_tflite(
+            model,
+            tflite,
+            settings.scheme,
+            io_dtype=settings.io_dtype if whole else "float32",
+            representative_data=self._data.train.x[:256] if settings.scheme == "int8" else None,
+            # Checked against Keras on samples that were not trained on, nor are measured on.
+            verify_data=self._data.validation.x[:64],
+            metadata={
+                "recipe": self._recipe.name,
+                "stage": stage.name,
+                "data_sha256": self._data.digest,
+            },
+        )
+        return {
+            "scheme": artifact.scheme,
+            "io_dtype": artifact.io_dtype,
+            "float_tensors": list(artifact.float_tensors),
+            "verification": dataclasses.asdict(artifact.verification)
+            if artifact.verification
+            else None,
+        }
 
     def _measure(self, stage: Stage, tflite: Path) -> Measurement:
         settings = self._recipe.measure
@@ -324,6 +357,7 @@ class _Run:
                     "verb": result.verb,
                     "seconds": result.seconds,
                     "figures": dict(result.figures),
+                    "export": dict(result.exported),
                     "files": {path.name: sha256(path) for path in (result.model, result.tflite)},
                     "measurement": dataclasses.asdict(result.measurement),
                 }
@@ -353,28 +387,6 @@ class _Run:
         )
 
 
-def export_model(
-    model: keras.Model,
-    path: Path,
-    settings: ExportSettings,
-    data: Splits,
-    recipe: Recipe,
-    stage: Stage,
-) -> None:
-    """Exports a stage's model, and checks it on validation samples against Keras."""
-    from tfaccel.export import to_tflite
-
-    to_tflite(
-        model,
-        path,
-        settings.scheme,
-        io_dtype=settings.io_dtype,
-        representative_data=data.train.x[:256] if settings.scheme == "int8" else None,
-        verify_data=data.validation.x[:64],
-        metadata={"recipe": recipe.name, "stage": stage.name, "data_sha256": data.digest},
-    )
-
-
 def versions() -> dict[str, str]:
     """Returns the versions of Python, tfaccel and the packages that decide a result."""
     found = {"python": platform.python_version(), "tfaccel": __version__}
@@ -389,12 +401,15 @@ def _log_file(path: Path) -> Iterator[None]:
     logger = logging.getLogger("tfaccel")
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    level = logger.level
-    logger.addHandler(handler)
+    level, propagate = logger.level, logger.propagate
+    # What the file is told must not appear on the terminal of someone who did not ask for it.
+    logger.propagate = propagate and logger.isEnabledFor(logging.INFO)
     logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
     try:
         yield
     finally:
         logger.setLevel(level)
+        logger.propagate = propagate
         logger.removeHandler(handler)
         handler.close()

@@ -130,7 +130,8 @@ class QuantizeAwareSettings(_Fit):
 class ExportSettings(_Part):
     """How a stage becomes a .tflite file.
 
-    `scheme` is float32 if none is given; a quantization-aware stage brings its own.
+    `scheme` is float32 if none is given; a quantization-aware stage brings its own. `io_dtype` is
+    the type of inputs and outputs of int8 files; other files keep float32.
     """
 
     scheme: Literal["float32", "float16", "dynamic_int8", "int8"] | None = None

@@ -8,6 +8,9 @@ if TYPE_CHECKING:
 
     from tfaccel.measurement.records import Measurement
 
+# Left out first where there is no room.
+_DISPENSABLE = ("peak MB", "ms p95", "k parameters", "zeros", "M MACs")
+
 Column = tuple[str, "Callable[[Measurement], str]"]
 
 
@@ -37,25 +40,40 @@ def columns_of(records: "Sequence[Measurement]") -> list[Column]:
     ]
 
 
-def make_table(records: "Iterable[Measurement]", title: str | None = None) -> "Table":
+def make_table(
+    records: "Iterable[Measurement]", title: str | None = None, *, width: int | None = None
+) -> "Table":
     """Returns a rich table of measurements, one row each; columns that none fills are left out.
 
     Args:
         records: what `tfaccel.measure` gave.
         title: written above the table.
+        width: characters that there is room for. Numbers are never cut: the less important columns
+            are left out until the others fit.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     rows = list(records)
-    columns = columns_of(rows)
-    table = Table(title=title, title_justify="left", header_style="bold")
+    columns = {heading: [spell(row) for row in rows] for heading, spell in columns_of(rows)}
+    names = ["model", *(row.name for row in rows)]
+    threads = [heading for heading in columns if heading.endswith("threads")]
+    for heading in (*_DISPENSABLE, *threads, "kB gzipped"):
+        if width is None or _width([names, *([h, *c] for h, c in columns.items())]) <= width:
+            break
+        columns.pop(heading, None)
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
     table.add_column("model", no_wrap=True)
-    for heading, _ in columns:
-        # A narrow terminal breaks the headings, never a number.
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(row.name, *(spell(row) for _, spell in columns))
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for index, row in enumerate(rows):
+        table.add_row(row.name, *(cells[index] for cells in columns.values()))
     return table
+
+
+def _width(columns: list[list[str]]) -> int:
+    # A space at both sides of each cell, one between columns and one at each edge.
+    return sum(max(map(len, cells)) + 3 for cells in columns) + 1
 
 
 def _spelled(field: str, spell: Callable[[float], str]) -> "Callable[[Measurement], str]":

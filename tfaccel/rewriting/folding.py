@@ -75,9 +75,7 @@ def _over_channels(layer: Any, norm: Any, rank: int) -> bool:
 
 
 def _with_bias(layer: Any) -> Any:
-    folded = type(layer).from_config({**layer.get_config(), "use_bias": True})
-    folded.trainable = layer.trainable
-    return folded
+    return type(layer).from_config({**layer.get_config(), "use_bias": True})
 
 
 def _folded_weights(layer: Any, norm: Any) -> list[Array]:
