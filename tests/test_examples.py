@@ -11,7 +11,7 @@ from tfaccel.recipes import load_recipe
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ARGUMENTS = {"distill.py": ["1"], "prune_and_quantize.py": ["models", "1"]}
 PRINTED = {
-    "distill.py": ["teacher", "student, alone", "student, distilled"],
+    "distill.py": ["teacher, all labels", "student, 100 labels", "student, teacher and no labels"],
     "prune_and_quantize.py": ["float", "pruned", "int8"],
 }
 

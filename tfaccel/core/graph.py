@@ -472,8 +472,8 @@ def _as_chain(nodes: list[Node], model: keras.Model) -> list[Node] | None:
     if not isinstance(model, keras.Sequential):
         return None
     for before, node in zip(nodes, nodes[1:], strict=False):
-        # A call in a Sequential model may carry training=None or mask=None.
-        bare = all(value is None for value in node.kwargs.values())
+        # Sequential calls its layers with these by itself, and nobody else can.
+        bare = set(node.kwargs) <= {"training", "mask"}
         plain = bare and len(node.args) == 1 and node.args[0] is before.outputs[0]
         if node.layer is None or not plain or len(before.outputs) != 1:
             return None

@@ -15,13 +15,14 @@ from tfaccel.core.artifacts import load_model, sha256, write_aside
 from tfaccel.core.checks import check_in, check_model, check_positive, check_type
 from tfaccel.core.graph import flat_layers
 from tfaccel.core.stripping import Strippable, bake_weights, strip
-from tfaccel.export.diagnosis import LOOPS, explain
+from tfaccel.export.diagnosis import LOOPS, explain, explain_refusal
 from tfaccel.export.freezing import end_names, name_scopes, save_frozen, to_float32
 from tfaccel.export.metadata import encode_facts, put_facts
 from tfaccel.export.packing import name_ends, pack, unpack
 from tfaccel.export.samples import Array, gather_samples
 from tfaccel.export.silence import quiet_tensorflow
 from tfaccel.export.verification import Verification, audit, check_verified, compare
+from tfaccel.measurement.interpreter import TFLiteModel
 from tfaccel.quantization import SCHEMES, freeze_ranges, scheme_of
 from tfaccel.rewriting import fold_batch_norm
 
@@ -80,8 +81,8 @@ def to_tflite(
             model, else "float32".
         io_dtype: type of inputs and outputs of an int8 file: "float32", "int8" or "uint8".
         representative_data: for "int8" of a plain model, samples to find ranges with: an array
-            [samples, ...], for several inputs a list of such or a dict by input name, or an iterable
-            of batches (a tf.data.Dataset of x or (x, y)). At most 512 samples are used.
+            [samples, ...], for several inputs a list of such or a dict by input name, or an
+            iterable of batches (a tf.data.Dataset of x or (x, y)). At most 512 samples are used.
         verify_data: samples, likewise, to compare the file with Keras on before it is kept.
         labels: names of the classes, put inside the file.
         metadata: JSON-like facts to put inside the file (see `read_metadata`).
@@ -123,9 +124,11 @@ def to_tflite(
     flatbuffer = unpack(content)
     name_ends(flatbuffer, *end_names(source))
     put_facts(flatbuffer, facts)
-    verification, float_tensors = None, ()
+    verification = None
+    float_tensors: tuple[str, ...] = ()
     with write_aside(target) as aside:
         aside.write_bytes(pack(flatbuffer))
+        _check_runs(aside, source, chosen, io_dtype)
         if chosen == "int8":
             float_tensors = audit(aside).float_tensors
         if samples is not None:
@@ -164,8 +167,8 @@ def _check_arguments(
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
             f"to_tflite() needs Keras on TensorFlow, but the backend is "
-            f"{keras.backend.backend()!r}. Save the model (model.save('model.keras')) and export the "
-            "file in a process with KERAS_BACKEND=tensorflow, or by `tfaccel export`."
+            f"{keras.backend.backend()!r}. Save the model (model.save('model.keras')) and export "
+            "that file in a process with KERAS_BACKEND=tensorflow."
         )
     if target.suffix != ".tflite":
         raise ValueError(f"to_tflite() writes a .tflite file, but the path is {str(target)!r}.")
@@ -174,6 +177,7 @@ def _check_arguments(
     if any(parent.is_file() for parent in target.parents):
         raise NotADirectoryError(f"A part of {str(target)!r} is a file, not a folder.")
     check_in("io_dtype", io_dtype, IO_DTYPES)
+    _check_exportable(model)
     trained = scheme_of(model)
     chosen = SCHEMES.get(scheme).name if scheme else (trained.name if trained else "float32")
     if trained is not None and chosen != trained.name:
@@ -184,7 +188,7 @@ def _check_arguments(
     if chosen == "int8" and trained is None and representative_data is None:
         raise ValueError(
             "int8 needs to know the range of every value. Pass representative_data= (some hundred "
-            "training samples), or train tfaccel.quantization.quantize_aware(model) and export that."
+            "training samples), or train tfaccel.quantization.quantize_aware(model) and export it."
         )
     if representative_data is not None and (chosen != "int8" or trained is not None):
         why = "ranges were trained" if trained else f"{chosen!r} needs no ranges"
@@ -195,6 +199,23 @@ def _check_arguments(
             "quantized values are integers."
         )
     return chosen
+
+
+def _check_exportable(model: keras.Model) -> None:
+    names = zip(end_names(model)[0], model.inputs, strict=True)
+    texts = [name for name, tensor in names if tensor.dtype == "string"]
+    if texts:
+        raise ValueError(
+            f"Input {texts[0]!r} of {model.name!r} takes text, but a .tflite file takes numbers. "
+            "Export the part of the model behind the text layers, and prepare the text before it."
+        )
+    for layer in flat_layers(model):
+        mode = getattr(layer, "quantization_mode", None)
+        if mode is not None:
+            raise ValueError(
+                f"Layer {layer.name!r} was quantized by Keras ({mode}), which the converter does "
+                "not read. Export the model as it was before model.quantize(), with scheme=."
+            )
 
 
 def _batch_of(model: keras.Model, batch_size: int | None) -> int | None:
@@ -264,6 +285,21 @@ def _portions(samples: list[Array], size: int) -> Iterator[dict[str, Array]]:
             f"input_{number:03}": array[begin : begin + size]
             for number, array in enumerate(samples)
         }
+
+
+def _check_runs(path: Path, model: keras.Model, scheme: str, io_dtype: str) -> None:
+    """Refuses a file that LiteRT does not open, or that is float where it begins and ends."""
+    try:
+        file = TFLiteModel(path)
+    except ValueError as error:
+        raise explain_refusal(error, model, scheme) from error
+    floats = [info.name for info in (*file.inputs, *file.outputs) if info.dtype.kind == "f"]
+    if io_dtype != "float32" and floats:
+        raise ValueError(
+            f"io_dtype={io_dtype!r} cannot be had: {' and '.join(map(repr, floats))} would stay "
+            "float, because the layer there is not quantized (tfaccel.quantization.plan(model) says "
+            "why). Use io_dtype='float32', or quantize that layer too."
+        )
 
 
 def _weights_hash(model: keras.Model) -> str:

@@ -8,7 +8,8 @@ import keras
 
 from tfaccel.core import keras_private
 from tfaccel.core.cloning import copy_state
-from tfaccel.core.graph import Graph, flat_layers, map_models
+from tfaccel.core.graph import Graph, Tensor, flat_layers, map_models
+from tfaccel.quantization import FakeQuantize
 
 _LOOPS = ("While", "StatelessWhile", "If", "StatelessIf")
 
@@ -71,13 +72,19 @@ def end_names(model: keras.Model) -> tuple[list[str], list[str]]:
     """Returns the names of a model's inputs and outputs, for the file's signature.
 
     A dict's keys, else the names of the input layers and of the layers that give the outputs;
-    numbered where two are equal.
+    numbered where two are equal. Rounding for quantization gives no name, so that all files made
+    from one network have the same.
     """
     graph = Graph.read(model)
     functional = keras_private.functional_of(model)
-    inputs = [graph.producer(tensor).name for tensor in graph.inputs]
-    outputs = [graph.producer(tensor).name for tensor in graph.outputs]
+    inputs = [_producer(graph, tensor) for tensor in graph.inputs]
+    outputs = [_producer(graph, tensor) for tensor in graph.outputs]
     return _told_apart(functional.input, inputs), _told_apart(functional.output, outputs)
+
+
+def _producer(graph: Graph, tensor: Tensor) -> str:
+    node = graph.producer(tensor)
+    return _producer(graph, node.inputs[0]) if isinstance(node.layer, FakeQuantize) else node.name
 
 
 def _told_apart(structure: Any, producers: list[str]) -> list[str]:

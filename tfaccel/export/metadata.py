@@ -25,7 +25,7 @@ def encode_facts(facts: Mapping[str, Any]) -> bytes:
         text = json.dumps({"tfaccel": tfaccel.__version__, **known}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"metadata must be made of what JSON can hold (dict, list, str, numbers, None): {error}."
+            f"metadata must be made of what JSON can hold (dict, list, str, number, None): {error}."
         ) from error
     return text.encode("utf-8")
 

@@ -22,7 +22,7 @@ def pack(model: Any) -> bytes:
     Weights stand at multiples of 16 bytes, as the schema demands. TensorFlow's own converter
     leaves them at multiples of 4, because Python's flatbuffer code knows nothing of it.
     """
-    import flatbuffers
+    from ai_edge_litert.tools.flatbuffer_utils import flatbuffers
 
     class AlignedBuilder(flatbuffers.Builder):
         def CreateNumpyVector(self, x: Any) -> Any:  # noqa: N802

@@ -46,11 +46,11 @@ def gather_samples(
         raise ValueError(f"{argument} must hold {least} samples at least, but got {lengths[0]}.")
     pairs = zip(arrays, model.inputs, strict=True)
     typed = [array[:most].astype(tensor.dtype, copy=False) for array, tensor in pairs]
-    for array, tensor in zip(typed, model.inputs, strict=True):
+    for array, name in zip(typed, end_names(model)[0], strict=True):
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(
-                f"{argument} holds a NaN or an infinity for input {tensor.name!r}, which would spoil "
-                "every range and comparison. Clean the samples first."
+                f"{argument} holds a NaN or an infinity for input {name!r}, which would spoil every "
+                "range and comparison. Clean the samples first."
             )
     return typed
 

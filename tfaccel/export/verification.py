@@ -34,7 +34,8 @@ class Verification:
         mean_abs_error: the mean difference, likewise.
         largest_output: the largest output of Keras, in absolute value, to hold the largest error
             against.
-        mean_abs_output: the mean output of Keras, in absolute value, to hold the mean error against.
+        mean_abs_output: the mean output of Keras, in absolute value, to hold the mean error
+            against.
         top1_agreement: share of samples for which both name the same class, over all outputs
             [batch, classes] with two or more classes; None if there is no such output.
     """
@@ -111,7 +112,7 @@ def _predict(model: keras.Model, samples: list[Array], portion: int) -> list[Arr
 
 
 def _distance(ours: Array, expected: Array) -> Array:
-    """Returns |ours - expected|: zero where both are the same infinity, infinite where one is NaN."""
+    """Returns |ours - expected|: zero for equal infinities, infinite where one is NaN."""
     with np.errstate(invalid="ignore"):
         distance = np.where(ours == expected, 0.0, np.abs(ours - expected))
     return np.where(np.isnan(distance), np.inf, distance)
@@ -136,13 +137,14 @@ def check_verified(verification: Verification, scheme: str, path: Path) -> None:
     if wrong:
         share = "" if v.top1_agreement is None else f", top-1 agreement {v.top1_agreement:.1%}"
         remedy = (
-            "A layer converts wrongly or overflows: export parts of the model to find it."
+            "A layer converts wrongly, overflows or draws random numbers: export parts of the "
+            "model to find it."
             if scheme in _TOLERANCES
             else "Give more representative data, train quantization-aware, or use scheme='float16'."
         )
         raise ValueError(
-            f"{path.name!r} was not kept: as {scheme} its outputs are up to {v.max_abs_error:.3g}, on "
-            f"average {v.mean_abs_error:.3g}, from Keras's (largest {v.largest_output:.3g}, on "
+            f"{path.name!r} was not kept: as {scheme} its outputs are up to {v.max_abs_error:.3g}, "
+            f"on average {v.mean_abs_error:.3g}, from Keras's (largest {v.largest_output:.3g}, on "
             f"average {v.mean_abs_output:.3g}){share} on {v.samples} samples. {remedy}"
         )
 
