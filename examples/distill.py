@@ -1,7 +1,7 @@
 """A small network learns from a large one on images that nobody has labelled.
 
-A hundred images have labels. Trained on those alone, the small network does badly; taught by a large
-network that was trained elsewhere on all of them, it needs no labels at all.
+A hundred images have labels. Trained on those alone, the small network does badly; taught by one
+that was trained elsewhere on all of them, it needs no labels at all.
 """
 
 import sys

@@ -23,6 +23,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
+_INTERRUPTED = {"run": "Interrupted. Run it again, and it goes on from the last finished stage."}
+
 _EPILOG = """\b
 Exit codes:
   0    done
@@ -59,7 +61,7 @@ def _common(command: Command) -> Command:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            _fail("Interrupted.", INTERRUPTED)
+            _fail(_INTERRUPTED.get(command.__name__, "Interrupted."), INTERRUPTED)
         except Exception as error:
             if traceback:
                 import traceback as tracebacks

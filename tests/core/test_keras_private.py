@@ -106,3 +106,72 @@ def test_tracing_for_xla_is_seen(compiled):
     step.get_concrete_function(tf.constant(1.0))
     assert seen == [compiled, compiled]
     assert not keras_private.is_compiled_by_xla()
+
+
+def small():
+    inputs = keras.Input((4,))
+    x = keras.layers.Dropout(0.5, seed=1, name="dropout")(keras.layers.Dense(3, name="d")(inputs))
+    return keras.Model(inputs, x * 2.0)
+
+
+def test_call_nodes_come_in_order_and_hold_arguments_and_outputs():
+    nodes = keras_private.call_nodes(small())
+    assert [node.operation.name for node in nodes][1:3] == ["d", "dropout"]
+    assert [node.is_input for node in nodes] == [True, False, False, False]
+    assert nodes[1].arguments.args == (nodes[0].outputs[0],)
+    assert nodes[3].arguments.args[1] == 2.0
+
+
+def test_graph_of_a_sequential_model_is_known_once_it_is_built():
+    model = keras.Sequential([keras.layers.Dense(2)])
+    assert not keras_private.has_graph(model)
+    model.build((None, 3))
+    assert keras_private.has_graph(model)
+    assert keras_private.functional_of(model).input.shape == (None, 3)
+    assert not keras_private.has_graph(None)
+
+
+def test_sublayers_and_seeds():
+    model = small()
+    names = [layer.name for layer in keras_private.sublayers(model)]
+    assert names[0] == model.name
+    assert {"d", "dropout"} <= set(names)
+    (state,) = keras_private.seed_states(model)
+    before = np.asarray(state).copy()
+    model(np.ones((1, 4)), training=True)
+    assert not np.array_equal(np.asarray(state), before)
+
+
+def test_wrapper_binds_arguments_as_the_inner_layer_does():
+    class Around(keras.layers.Wrapper):
+        def call(self, *args, training=None, **kwargs):
+            self.seen = training
+            return self.layer(*args, **kwargs)
+
+        def compute_output_spec(self, *args, **kwargs):
+            return self.layer.compute_output_spec(*args, **kwargs)
+
+    inner = keras.layers.MultiHeadAttention(1, 2)
+    x = np.ones((1, 3, 2), "float32")
+    inner(x, x)
+    around = Around(inner)
+    around.built = True
+    with pytest.raises(ValueError, match="cannot mix tensors and non-tensors"):
+        around(x, value=x, use_causal_mask=True)
+    keras_private.adopt_call_signature(around, inner)
+    around(x, value=x, use_causal_mask=True, training=True)
+    assert around.seen is True
+    assert keras_private.takes_training(inner)
+    assert not keras_private.takes_training(keras.layers.ReLU())
+
+
+def test_functional_constructors_are_told_apart():
+    class Same(keras.Model):
+        pass
+
+    class Other(keras.Model):
+        def __init__(self, units):
+            super().__init__()
+
+    assert keras_private.has_functional_constructor(Same)
+    assert not keras_private.has_functional_constructor(Other)

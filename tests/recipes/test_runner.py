@@ -2,7 +2,6 @@ import copy
 import importlib.util
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -176,27 +175,27 @@ def test_another_seed_is_another_run(finished, copied):
 def test_an_interrupted_run_goes_on(tmp_path):
     class Interrupting(RunListener):
         def step_started(self, stage, step):
-            if (stage.name, step) == ("student", "exporting"):
+            if (stage.name, step) == ("second", "exporting"):
                 raise KeyboardInterrupt
 
+    recipe = parse_recipe({**tiny.CONTENT, "stages": tiny.QUICK})
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(tiny.recipe(2), tmp_path, listener=Interrupting())
+        run_recipe(recipe, tmp_path, listener=Interrupting())
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["finished"] is False
-    assert [stage["name"] for stage in results["stages"]] == ["teacher"]
+    assert [stage["name"] for stage in results["stages"]] == ["first"]
     assert not (tmp_path / "report.html").exists()
     assert "stopped by KeyboardInterrupt" in (tmp_path / "log.txt").read_text()
 
-    assert steps_of(tiny.recipe(2), tmp_path) == ["student exporting", "student measuring"]
+    assert steps_of(recipe, tmp_path) == ["second exporting", "second measuring"]
     assert (tmp_path / "report.html").exists()
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path):
     """SIGKILL while the second stage trains: nothing half-written, and the first is kept."""
-    content = copy.deepcopy(tiny.CONTENT)
-    content["stages"] = content["stages"][:2]
-    content["stages"][1]["distill"]["epochs"] = 100_000
+    content = copy.deepcopy({**tiny.CONTENT, "stages": tiny.QUICK})
+    content["stages"][1]["train"]["epochs"] = 100_000
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(content))
     folder = tmp_path / "run"
@@ -208,22 +207,22 @@ def test_a_killed_run_goes_on(tmp_path):
     try:
         deadline = time.monotonic() + 200
         log = folder / "log.txt"
-        while not (log.exists() and "stage student, epoch" in log.read_text()):
+        while not (log.exists() and "stage second, epoch" in log.read_text()):
             assert process.poll() is None, "the run ended by itself"
             assert time.monotonic() < deadline
             time.sleep(0.1)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
-    kept = sha256(folder / "teacher.keras")
-    assert not list(folder.glob("student*"))
+    assert process.returncode == -signal.SIGKILL
+    kept = sha256(folder / "first.keras")
+    assert not list(folder.glob("second*"))
 
-    steps = steps_of(tiny.recipe(2), folder)
+    steps = steps_of(parse_recipe({**tiny.CONTENT, "stages": tiny.QUICK}), folder)
 
-    assert [step for step in steps if step.startswith("teacher")] == []
-    assert "student training" in steps
-    assert sha256(folder / "teacher.keras") == kept
-    assert not [file.name for file in folder.iterdir() if file.name.startswith(".")]
+    assert steps == ["second training", "second exporting", "second measuring"]
+    assert sha256(folder / "first.keras") == kept
+    assert not [entry.name for entry in folder.iterdir() if entry.name.startswith(".")]
 
 
 def test_mistakes_are_found_before_any_work(tmp_path):

@@ -20,6 +20,12 @@ CONTENT = {
     "measure": {"runs": 3, "threads": [1, 2]},
 }
 
+# Two stages that need nothing of each other and are trained at once.
+QUICK = [
+    {"name": name, "train": {"architecture": "cnn", "arguments": {"filters": [2]}, "epochs": 1}}
+    for name in ("first", "second")
+]
+
 
 def recipe(stages=None, **changes):
     """Returns the recipe, or its first stages, with keys of the top changed."""

@@ -2,11 +2,12 @@
 
 from tfaccel.export.conversion import Artifact, to_tflite
 from tfaccel.export.metadata import read_metadata
-from tfaccel.export.verification import Audit, Verification, audit, verify
+from tfaccel.export.verification import Audit, QuantizedTensor, Verification, audit, verify
 
 __all__ = [
     "Artifact",
     "Audit",
+    "QuantizedTensor",
     "Verification",
     "audit",
     "read_metadata",

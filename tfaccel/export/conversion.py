@@ -297,8 +297,8 @@ def _check_runs(path: Path, model: keras.Model, scheme: str, io_dtype: str) -> N
     if io_dtype != "float32" and floats:
         raise ValueError(
             f"io_dtype={io_dtype!r} cannot be had: {' and '.join(map(repr, floats))} would stay "
-            "float, because the layer there is not quantized (tfaccel.quantization.plan(model) says "
-            "why). Use io_dtype='float32', or quantize that layer too."
+            "float, because the layer there is not quantized. Use io_dtype='float32', or quantize "
+            "that layer too (tfaccel.quantization.plan(model) says why it is not)."
         )
 
 

@@ -49,8 +49,8 @@ def gather_samples(
     for array, name in zip(typed, end_names(model)[0], strict=True):
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(
-                f"{argument} holds a NaN or an infinity for input {name!r}, which would spoil every "
-                "range and comparison. Clean the samples first."
+                f"{argument} holds a NaN or an infinity for input {name!r}, which would spoil "
+                "every range and comparison. Clean the samples first."
             )
     return typed
 

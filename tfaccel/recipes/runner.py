@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import keras
-
 from tfaccel import __version__
 from tfaccel.core.artifacts import load_model, save_model, sha256, write_json
 from tfaccel.measurement import Measurement, measure
@@ -170,7 +168,6 @@ class _Run:
             )
             if stage.train and stage.train.workers > 1 and self._find_model(stage) is None:
                 self._check_horovod(stage.name, stage.train.workers)
-        keras.utils.clear_session(free_memory=False)
 
     @staticmethod
     def _check_horovod(stage: str, workers: int) -> None:
@@ -264,7 +261,6 @@ class _Run:
                 on_epoch,
             )
             save_model(run_stage(stage, task), path)
-            keras.utils.clear_session()
         facts = {"seconds": time.perf_counter() - begin, "figures": figures}
         self._cache.keep(f"{stage.name}.model", key, path, facts)
         return facts

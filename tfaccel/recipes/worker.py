@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -18,7 +19,7 @@ _POLL_SECONDS = 0.2
 def train_on_workers(
     recipe: Recipe, stage: Stage, seed: int, path: Path, log: Path, on_epoch: EpochListener
 ) -> None:
-    """Runs a train stage on as many Horovod workers as it asks for; rank 0 saves the model.
+    """Runs a train stage on as many Horovod workers as it asks for, and keeps the model of rank 0.
 
     Args:
         recipe: where the data and the batch size come from.
@@ -31,6 +32,7 @@ def train_on_workers(
     Raises:
         RuntimeError: Horovod is missing, or a worker failed; the message has its last lines.
     """
+    from tfaccel.core.artifacts import write_aside
     from tfaccel.distributed import run_workers
     from tfaccel.measurement.devices import usable_cores
 
@@ -39,12 +41,15 @@ def train_on_workers(
     workers = stage.train.workers
     with tempfile.TemporaryDirectory(prefix="tfaccel-") as folder:
         job, progress = Path(folder, "job.json"), Path(folder, "progress.jsonl")
+        # Not `path` itself: workers that outlive a killed run must not write into the next one.
+        trained = Path(folder, "model.keras")
         content = {
             "recipe": recipe.model_dump(),
             "stage": stage.name,
             "seed": seed,
-            "model": str(path.resolve()),
+            "model": str(trained),
             "progress": str(progress),
+            "parent": os.getpid(),
         }
         job.write_text(json.dumps(content), encoding="utf-8")
         # Workers of one machine share its cores; left alone, each would start threads for all.
@@ -53,10 +58,14 @@ def train_on_workers(
         command = [sys.executable, "-m", "tfaccel.recipes.worker", str(job)]
         with _following(progress, on_epoch):
             run_workers(command, workers, env=env, log=log)
+        with write_aside(path) as aside:
+            shutil.copyfile(trained, aside)
 
 
 def main(job_file: str) -> None:
     """Does the work of one worker."""
+    import psutil
+
     import tfaccel.distributed as hvd
     from tfaccel.core.artifacts import save_model
     from tfaccel.recipes.data import load_data
@@ -68,6 +77,8 @@ def main(job_file: str) -> None:
     progress = Path(job["progress"])
 
     def report(epoch: int, figures: Mapping[str, float]) -> None:
+        if not psutil.pid_exists(job["parent"]):
+            raise RuntimeError("The run that started this worker has ended.")
         with progress.open("a", encoding="utf-8") as file:
             file.write(json.dumps([epoch, dict(figures)]) + "\n")
 

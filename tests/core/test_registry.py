@@ -1,0 +1,52 @@
+"""Names, configs and instances."""
+
+import dataclasses
+
+import keras
+import pytest
+
+from tfaccel.core.configurable import Configurable
+from tfaccel.core.registry import Registry
+
+
+@keras.saving.register_keras_serializable("tfaccel_tests")
+@dataclasses.dataclass(frozen=True)
+class Shape(Configurable):
+    """Something with a nested part and a tuple."""
+
+    corners: int = 3
+    inner: "Shape | None" = None
+    sizes: tuple[int, ...] = (1, 2)
+    area: float = dataclasses.field(init=False, default=0.0)
+
+    def __post_init__(self):
+        object.__setattr__(self, "sizes", tuple(self.sizes))
+
+
+SHAPES = Registry("shape", Shape)
+SHAPES.register("square")(lambda: Shape(4))
+SHAPES.register("triangle")(Shape)
+
+
+def test_name_config_and_instance_give_the_part():
+    square = Shape(4)
+    assert SHAPES.get("square") == square
+    assert SHAPES.get(square) is square
+    assert SHAPES.get(keras.saving.serialize_keras_object(square)) == square
+    assert SHAPES.names() == ["square", "triangle"]
+
+
+def test_what_is_none_of_these_is_an_error():
+    with pytest.raises(ValueError, match=r"no shape 'squar'.*square, triangle.*mean 'square'\?"):
+        SHAPES.get("squar")
+    with pytest.raises(ValueError, match="A shape is a name"):
+        SHAPES.get(3)
+    with pytest.raises(ValueError, match="is a shape named 'square' already"):
+        SHAPES.register("square")
+
+
+def test_config_is_every_field_of_the_constructor():
+    shape = Shape(5, Shape(4, None, (7,)), (3, 4, 5))
+    config = shape.get_config()
+    assert set(config) == {"corners", "inner", "sizes"}
+    assert Shape.from_config(config) == shape
