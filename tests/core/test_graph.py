@@ -9,7 +9,8 @@ from keras import layers
 
 from tests.random_models import random_inputs, random_model
 from tfaccel.core import keras_private
-from tfaccel.core.graph import Graph, flat_layers, map_models, match, optional
+from tfaccel.core.graph import Graph, flat_layers, map_models
+from tfaccel.core.matching import match, optional
 
 seeds = st.integers(0, 2**20)
 

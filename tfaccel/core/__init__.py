@@ -1,6 +1,7 @@
-"""The floor that everything stands on: weight transforms, model graphs, schedules, checks, artifacts."""
+"""What everything stands on: weight transforms, model graphs, schedules, checks, artifacts."""
 
-from tfaccel.core.graph import Graph, Node, Tensor, map_models, match, optional
+from tfaccel.core.graph import Graph, Node, Tensor, map_models
+from tfaccel.core.matching import match, optional
 from tfaccel.core.selection import Choice, Selector, select_layers
 from tfaccel.core.stripping import bake_weights, strip
 from tfaccel.core.transforms import (

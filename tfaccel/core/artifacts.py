@@ -22,7 +22,8 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path beside `path`, renamed to it when the block succeeds.
 
     The folder is made if it is missing. If the block raises, the temporary file is removed and an
-    older file at `path` stays as it was. The temporary name keeps the suffix, since Keras looks at it.
+    older file at `path` stays as it was. The temporary name keeps the suffix, since Keras looks at
+    it.
 
     Raises:
         IsADirectoryError: `path` is a folder.
@@ -93,8 +94,8 @@ def load_model(path: str | os.PathLike[str], *, compile: bool = False) -> keras.
             config = archive.read("config.json").decode("utf-8")
     except (zipfile.BadZipFile, KeyError, OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{str(source)!r} is not a whole .keras file ({error}). It may be cut off or be of another "
-            "format; save the model again with model.save('name.keras')."
+            f"{str(source)!r} is not a whole .keras file ({error}). It may be cut off or be of "
+            "another format; save the model again with model.save('name.keras')."
         ) from error
     try:
         # Our classes register themselves when their module is imported, and Keras imports none.
@@ -103,8 +104,9 @@ def load_model(path: str | os.PathLike[str], *, compile: bool = False) -> keras.
         return keras.saving.load_model(source, compile=compile)
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(
-            f"Keras could not load {str(source)!r}: {_first_line(error)} A model with classes of your "
-            "own needs them registered (keras.saving.register_keras_serializable) and imported first."
+            f"Keras could not load {str(source)!r}: {_first_line(error)} A model with classes of "
+            "your own needs them registered (keras.saving.register_keras_serializable) and "
+            "imported first."
         ) from error
 
 

@@ -16,10 +16,10 @@ def clone_operation(operation: Any) -> Any:
     try:
         clone = type(operation).from_config(operation.get_config())
     except (NotImplementedError, TypeError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{type(operation).__name__} {operation.name!r} cannot be copied from its config "
-            f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}). "
-            "Give the class get_config() and from_config()."
+            f"({why}). Give the class get_config() and from_config()."
         ) from error
     # Functional operations lose their name in the config.
     clone.name = operation.name
@@ -48,9 +48,9 @@ def copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
     shapes = [tuple(v.shape) for v in old], [tuple(v.shape) for v in new]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"A copy of layer {source.name!r} ({type(source).__name__}) made from its config has other "
-            f"weights than the layer itself: {shapes[1]} against {shapes[0]}. Its config or build "
-            "config does not say all; complete get_config() or get_build_config()."
+            f"A copy of layer {source.name!r} ({type(source).__name__}) made from its config has "
+            f"other weights than the layer itself: {shapes[1]} against {shapes[0]}. Its config or "
+            "build config does not say all; complete get_config() or get_build_config()."
         )
     for old_variable, new_variable in zip(old, new, strict=True):
         # A copy: on JAX, training one model would otherwise delete the arrays of the other.

@@ -1,17 +1,17 @@
 """One way to read, match, edit and rebuild the graph of a Keras model.
 
     graph = Graph.read(model)
-    for conv, batch_norm in match(graph, [keras.layers.Conv2D, keras.layers.BatchNormalization]):
-        ...
+    graph.insert_after(graph.outputs[0], keras.layers.Softmax())
     new_model = graph.build()
 
-A graph is a list of calls (`Node`) that pass values (`Tensor`) on. It refers to the layers of the model
-it was read from and never changes them: `build` clones each layer once (a shared layer stays shared) and
-carries its weights over. Layers handed to `replace_layer` and `insert_*` are new and are taken over as
-they are.
+A graph is a list of calls (`Node`) that pass values (`Tensor`) on. It refers to the layers of the
+model it was read from and never changes them: `build` clones each layer once (a shared layer stays
+shared) and carries its weights over. Layers handed to `replace_layer` and `insert_*` are new and
+are taken over as they are.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -126,7 +126,10 @@ class Graph:
             )
             for call in keras_private.call_nodes(model)
         ]
-        return cls(model, nodes, _map(to_tensor, functional.input), _map(to_tensor, functional.output))
+        input_tree, output_tree = (
+            _map(to_tensor, x) for x in (functional.input, functional.output)
+        )
+        return cls(model, nodes, input_tree, output_tree)
 
     # What is there
 
@@ -184,7 +187,9 @@ class Graph:
         """
         calls = self.calls(layer)
         if not calls:
-            raise ValueError(f"No call of layer {layer.name!r} is in the graph of {self.model.name!r}.")
+            raise ValueError(
+                f"No call of layer {layer.name!r} is in the graph of {self.model.name!r}."
+            )
         for node in calls:
             node.operation = new_layer
         self._given[id(new_layer)] = weights
@@ -248,8 +253,8 @@ class Graph:
     def build(self, name: str | None = None) -> keras.Model:
         """Makes the model that the graph describes, weights carried over.
 
-        A Sequential model stays Sequential while it is a chain; a class derived from Functional is kept
-        if it is constructed in the same way.
+        A Sequential model stays Sequential while it is a chain; a class derived from Functional is
+        kept if it is constructed in the same way.
 
         Args:
             name: of the new model; by default that of the model that was read.
@@ -322,87 +327,6 @@ class _Builder:
                 clone.set_weights(self._given[id(clone)])
 
 
-# Pattern matching
-
-Matcher = type | tuple[type, ...] | Callable[[Node], bool]
-
-
-@dataclasses.dataclass(frozen=True)
-class Optional:
-    """A step of a pattern that may be missing; made by `optional`."""
-
-    matcher: Matcher
-
-
-def optional(matcher: Matcher) -> Optional:
-    """Marks a step of a pattern as one that may be missing (its place in the match is then None)."""
-    return Optional(matcher)
-
-
-def match(
-    graph: Graph, pattern: Sequence[Matcher | Optional]
-) -> list[tuple[Node | None, ...]]:
-    """Finds chains of calls, each the only reader of the one before.
-
-    Every tensor inside a chain is read once and is no output of the model, so that a chain can be
-    replaced as a whole. Chains do not overlap; an earlier call wins.
-
-    Args:
-        graph: where to look.
-        pattern: a layer or operation class, several, or a predicate on `Node` for each step; the first
-            must not be optional.
-
-    Returns:
-        For each chain one node per step, None for an optional step that is missing.
-
-    Raises:
-        ValueError: the pattern is empty or begins with an optional step.
-    """
-    if not pattern or isinstance(pattern[0], Optional):
-        raise ValueError(f"A pattern begins with a step that must be there, but got {pattern!r}.")
-    taken: set[int] = set()
-    found = []
-    for node in graph.nodes:
-        chain = _match_from(graph, node, pattern) if id(node) not in taken else None
-        if chain is not None and not any(id(n) in taken for n in chain if n):
-            taken.update(id(n) for n in chain if n)
-            found.append(chain)
-    return found
-
-
-def _match_from(
-    graph: Graph, first: Node, pattern: Sequence[Matcher | Optional]
-) -> tuple[Node | None, ...] | None:
-    if not _fits(first, pattern[0]):
-        return None
-    chain: list[Node | None] = [first]
-    last = first
-    for step in pattern[1:]:
-        following = _only_reader(graph, last)
-        if following is not None and _fits(following, step):
-            chain.append(following)
-            last = following
-        elif isinstance(step, Optional):
-            chain.append(None)
-        else:
-            return None
-    return tuple(chain)
-
-
-def _only_reader(graph: Graph, node: Node) -> Node | None:
-    if len(node.outputs) != 1 or graph.is_output(node.outputs[0]):
-        return None
-    readers = graph.consumers(node.outputs[0])
-    return readers[0] if len(readers) == 1 else None
-
-
-def _fits(node: Node, step: Matcher | Optional) -> bool:
-    matcher = step.matcher if isinstance(step, Optional) else step
-    if isinstance(matcher, (type, tuple)):
-        return isinstance(node.operation, matcher)
-    return bool(matcher(node))
-
-
 # Nested models
 
 
@@ -471,7 +395,7 @@ def _as_chain(nodes: list[Node], model: keras.Model) -> list[Node] | None:
     """Returns the nodes if they still form a chain that Sequential can hold, else None."""
     if not isinstance(model, keras.Sequential):
         return None
-    for before, node in zip(nodes, nodes[1:], strict=False):
+    for before, node in itertools.pairwise(nodes):
         # Sequential calls its layers with these by itself, and nobody else can.
         bare = set(node.kwargs) <= {"training", "mask"}
         plain = bare and len(node.args) == 1 and node.args[0] is before.outputs[0]
@@ -489,6 +413,6 @@ def _constructor(model: keras.Model) -> Callable[..., keras.Model]:
         return type(model)
     raise TypeError(
         f"{model.name!r} is a {type(model).__name__} whose constructor takes other arguments than "
-        "(inputs, outputs, name), so the rewritten model could not be one too, and its own train_step "
-        f"would be lost. Rewrite keras.Model(model.inputs, model.outputs) and wrap the result."
+        "(inputs, outputs, name), so the rewritten model could not be one too, and its own "
+        "train_step would be lost. Rewrite keras.Model(model.inputs, model.outputs) and wrap that."
     )

@@ -44,7 +44,8 @@ def select_layers(
         ValueError: a name or pattern matches no layer.
     """
     layers = [
-        layer.layer if isinstance(layer, TransformedLayer) else layer for layer in flat_layers(model)
+        layer.layer if isinstance(layer, TransformedLayer) else layer
+        for layer in flat_layers(model)
     ]
     included = _matcher(include, "include", layers)
     excluded = _matcher(exclude, "exclude", layers)
@@ -77,6 +78,7 @@ def _matcher(
             )
         if not fnmatch.filter(names, pattern):
             close = difflib.get_close_matches(pattern, names, n=3)
-            hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "See model.summary()."
+            meant = " or ".join(map(repr, close))
+            hint = f"Did you mean {meant}?" if close else "See model.summary()."
             raise ValueError(f"{argument}={pattern!r} matches no layer of the model. {hint}")
     return lambda layer: any(fnmatch.fnmatchcase(layer.name, p) for p in patterns)

@@ -9,7 +9,8 @@ import numpy.typing as npt
 from keras import layers
 
 from tfaccel.core.checks import check_model
-from tfaccel.core.graph import Graph, Node, map_models, match
+from tfaccel.core.graph import Graph, Node, map_models
+from tfaccel.core.matching import match
 
 Array = npt.NDArray[Any]
 
