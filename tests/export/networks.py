@@ -21,21 +21,6 @@ def samples(count, *shape, seed=1):
     return np.random.default_rng(seed).normal(size=(count, *shape)).astype("float32")
 
 
-def convolutional(name="convolutional", image="image", stem="_conv_stem"):
-    """MobileNet-like: stem, inverted residual with depthwise convolution, pooling, logits."""
-    inputs = keras.Input((12, 12, 3), name=image)
-    x = layers.Conv2D(8, 3, 2, padding="same", use_bias=False, name=stem)(inputs)
-    x = layers.ReLU(6.0, name="stem_relu")(layers.BatchNormalization(name="stem_norm")(x))
-    y = layers.Conv2D(24, 1, use_bias=False, name="expand")(x)
-    y = layers.ReLU(6.0, name="expand_relu")(layers.BatchNormalization(name="expand_norm")(y))
-    y = layers.DepthwiseConv2D(3, padding="same", use_bias=False, name="depthwise")(y)
-    y = layers.ReLU(6.0, name="depthwise_relu")(layers.BatchNormalization(name="depthwise_norm")(y))
-    y = layers.Conv2D(8, 1, use_bias=False, name="project")(y)
-    x = layers.Add(name="sum")([x, layers.BatchNormalization(name="project_norm")(y)])
-    x = layers.GlobalAveragePooling2D(name="pool")(x)
-    return randomized(keras.Model(inputs, layers.Dense(5, name="logits")(x), name=name))
-
-
 def plain(name="plain"):
     """Two convolutions and a dense layer: shallow enough to agree to one step in int8."""
     return randomized(
@@ -105,17 +90,3 @@ def attention():
     x = inputs + layers.MultiHeadAttention(2, 4, name="attention")(x, x)
     x = layers.Dense(8, activation="gelu", name="dense")(x)
     return randomized(keras.Model(inputs, layers.Flatten(name="flatten")(x), name="attention"))
-
-
-def large():
-    """Mostly weights: its file's size is that of its 66,570 numbers."""
-    return randomized(
-        keras.Sequential(
-            [
-                keras.Input((256,), name="x"),
-                layers.Dense(250, activation="relu", name="hidden"),
-                layers.Dense(9, name="logits"),
-            ],
-            name="large",
-        )
-    )

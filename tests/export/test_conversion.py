@@ -197,15 +197,18 @@ def test_random_chains_agree(tmp_path_factory, kinds, width, seed):
 
 
 BAD = {
-    "suffix": (dict(path="m.lite"), "writes a .tflite file"),
-    "scheme": (dict(scheme="int9"), "no quantization scheme 'int9'"),
-    "io": (dict(io_dtype="int16"), "io_dtype must be one of"),
-    "io_of_float": (dict(io_dtype="int8"), "needs scheme='int8', but the scheme is 'float32'"),
-    "no_ranges": (dict(scheme="int8"), "Pass representative_data="),
-    "needless": (dict(representative_data=np.ones((2, 8, 8, 3))), "needs no ranges"),
-    "empty": (dict(scheme="int8", representative_data=np.ones((0, 8, 8, 3))), "must hold samples"),
-    "shape": (dict(verify_data=np.ones((5, 7))), r"takes \['any', 8, 8, 3\], but got \[5, 7\]"),
-    "batch": (dict(batch_size=0), "batch_size must be above 0"),
+    "suffix": ({"path": "m.lite"}, "writes a .tflite file"),
+    "scheme": ({"scheme": "int9"}, "no quantization scheme 'int9'"),
+    "io": ({"io_dtype": "int16"}, "io_dtype must be one of"),
+    "io_of_float": ({"io_dtype": "int8"}, "needs scheme='int8', but the scheme is 'float32'"),
+    "no_ranges": ({"scheme": "int8"}, "Pass representative_data="),
+    "needless": ({"representative_data": np.ones((2, 8, 8, 3))}, "needs no ranges"),
+    "empty": (
+        {"scheme": "int8", "representative_data": np.ones((0, 8, 8, 3))},
+        "must hold samples",
+    ),
+    "shape": ({"verify_data": np.ones((5, 7))}, r"takes \['any', 8, 8, 3\], but got \[5, 7\]"),
+    "batch": ({"batch_size": 0}, "batch_size must be above 0"),
 }
 
 
@@ -257,7 +260,7 @@ def test_file_with_wrong_outputs_is_not_kept(tmp_path, monkeypatch):
 def test_audit_names_float_islands(tmp_path):
     path = export(convolutional(), tmp_path, "float32").path
     found = audit(path)
-    assert found.quantized_tensors == ()
+    assert found.quantized_tensors == {}
     assert len(found.float_tensors) > 5
 
 

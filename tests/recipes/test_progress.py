@@ -7,7 +7,7 @@ from rich.console import Console
 from tests.recipes import tiny
 from tests.reporting.records import record
 from tfaccel.recipes.progress import ProgressBars
-from tfaccel.recipes.runner import StageResult
+from tfaccel.recipes.results import StageResult
 
 
 def result_of(stage, **changes):

@@ -86,10 +86,22 @@ def test_no_records_is_an_error_and_leaves_no_file(tmp_path):
 
 def test_a_plot_is_svg_with_a_labelled_point_for_each_record():
     svg = draw_plot([TEACHER, STUDENT], "size_bytes", 1e-3, "size [kB]")
-    elements = ElementTree.fromstring(svg).iter()  # noqa: S314  our own
-    texts = {"".join(element.itertext()).strip() for element in elements}
 
-    assert {"teacher", "student", "size [kB]", "accuracy, held-out"} <= texts
+    assert {"teacher", "student", "size [kB]", "accuracy, held-out"} <= texts_of(svg)
+
+
+def texts_of(svg):
+    elements = ElementTree.fromstring(svg).iter()  # noqa: S314  our own
+    return {"".join(element.itertext()).strip() for element in elements}
+
+
+def test_a_wide_range_is_drawn_on_a_logarithmic_axis():
+    wide = texts_of(draw_plot([TEACHER, STUDENT], "size_bytes", 1e-3, "size [kB]"))
+    narrow = texts_of(draw_plot([TEACHER, STUDENT], "latency_ms", 1.0, "latency"))
+
+    assert {"200", "500", "1,000", "2,000", "5,000"} <= wide
+    assert "0" not in wide
+    assert "0.0" in narrow or "0.00" in narrow
 
 
 def test_the_summary_holds_the_ratios():

@@ -6,11 +6,12 @@
 
 A graph is a list of calls (`Node`) that pass values (`Tensor`) on. It refers to the layers of the
 model it was read from and never changes them: `build` clones each layer once (a shared layer stays
-shared) and carries its weights over. Layers handed to `replace_layer` and `insert_*` are new and
-are taken over as they are.
+shared, across nested models too) and carries its weights over. Layers handed to `replace_layer` and
+`insert_*` are new; the first model that is built takes them over as they are, a second one clones.
 """
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import keras
 
 from tfaccel.core import keras_private
-from tfaccel.core.checks import check_model
+from tfaccel.core.checks import check_model, check_type
 from tfaccel.core.cloning import clone_operation, copy_state
 
 
@@ -96,7 +97,8 @@ class Graph:
         self.nodes = nodes
         self._input_tree = input_tree
         self._output_tree = output_tree
-        self._given: dict[int, Sequence[Any] | None] = {}
+        self._own = {id(layer) for layer in keras_private.sublayers(model)}
+        self._given: _Given = {}
 
     @classmethod
     def read(cls, model: keras.Model) -> "Graph":
@@ -183,16 +185,15 @@ class Graph:
             weights: arrays for `new_layer.set_weights` once it is built.
 
         Raises:
-            ValueError: the graph does not call `layer`.
+            ValueError: the graph does not call `layer`, or `new_layer` is not new.
         """
         calls = self.calls(layer)
         if not calls:
-            raise ValueError(
-                f"No call of layer {layer.name!r} is in the graph of {self.model.name!r}."
-            )
+            name = getattr(layer, "name", layer)
+            raise ValueError(f"No call of layer {name!r} is in the graph of {self.model.name!r}.")
+        self._take(new_layer, weights)
         for node in calls:
             node.operation = new_layer
-        self._given[id(new_layer)] = weights
 
     def insert_after(
         self, tensor: Tensor, layer: keras.layers.Layer, consumers: Sequence[Node] | None = None
@@ -207,14 +208,24 @@ class Graph:
 
         Returns:
             The layer's output.
+
+        Raises:
+            ValueError: the tensor is not of this graph or a consumer does not read it, the layer is
+                not new, or it gives several outputs.
         """
-        node = self._call_of(layer, tensor)
-        readers = self.consumers(tensor) if consumers is None else consumers
+        place = self.nodes.index(self.producer(tensor)) + 1
+        all_readers = self.consumers(tensor)
+        readers = all_readers if consumers is None else consumers
+        for reader in readers:
+            if not any(reader is known for known in all_readers):
+                raise ValueError(f"{reader.name!r} does not read the tensor {tensor.name!r}.")
+        self._take(layer)
+        node = Node(layer, (tensor,), {}, (_output_of(layer, tensor),))
         for reader in readers:
             self._redirect(reader, tensor, node.outputs[0])
         if consumers is None:
             self._output_tree = _swap(self._output_tree, tensor, node.outputs[0])
-        self.nodes.insert(self.nodes.index(self.producer(tensor)) + 1, node)
+        self.nodes.insert(place, node)
         return node.outputs[0]
 
     def insert_before(self, node: Node, tensor: Tensor, layer: keras.layers.Layer) -> Tensor:
@@ -225,8 +236,10 @@ class Graph:
         """Takes a call out: what read its output reads its input instead.
 
         Raises:
-            ValueError: the call has not exactly one input and one output.
+            ValueError: the call has not exactly one input and one output, or is of another graph.
         """
+        if not any(node is known for known in self.nodes):
+            raise ValueError(f"{node.name!r} is no call of the graph of {self.model.name!r}.")
         if len(node.inputs) != 1 or len(node.outputs) != 1:
             raise ValueError(
                 f"Only a call of one input and one output can be removed, but {node.name!r} has "
@@ -238,10 +251,15 @@ class Graph:
         self._output_tree = _swap(self._output_tree, after, before)
         self.nodes.remove(node)
 
-    def _call_of(self, layer: keras.layers.Layer, tensor: Tensor) -> Node:
-        self._given.setdefault(id(layer), None)
-        shape = tuple(layer.compute_output_shape(tensor.shape))
-        return Node(layer, (tensor,), {}, (Tensor(shape, tensor.dtype, layer.name),))
+    def _take(self, layer: keras.layers.Layer, weights: Sequence[Any] | None = None) -> None:
+        check_type("layer", layer, keras.layers.Layer)
+        if id(layer) in self._own:
+            raise ValueError(
+                f"Layer {layer.name!r} is of the model {self.model.name!r} already, which is not "
+                "to be changed. Give a new layer, such as type(layer).from_config(config)."
+            )
+        if weights is not None or id(layer) not in self._given:
+            self._given[id(layer)] = (layer, weights)
 
     @staticmethod
     def _redirect(node: Node, old: Tensor, new: Tensor) -> None:
@@ -253,8 +271,9 @@ class Graph:
     def build(self, name: str | None = None) -> keras.Model:
         """Makes the model that the graph describes, weights carried over.
 
-        A Sequential model stays Sequential while it is a chain; a class derived from Functional is
-        kept if it is constructed in the same way.
+        A Sequential model stays Sequential while it is a chain; a class derived from Functional or
+        Sequential is kept if it is constructed in the same way. What `compile` set is not carried
+        over: compile the new model.
 
         Args:
             name: of the new model; by default that of the model that was read.
@@ -263,20 +282,27 @@ class Graph:
             ValueError: two layers have one name, or a layer cannot be cloned from its config.
             TypeError: the model's class has a constructor of its own.
         """
+        return self._build(_Builder(), name)
+
+    def _build(self, builder: "_Builder", name: str | None = None) -> keras.Model:
         nodes = self._needed()
         _check_names(nodes, self.model)
-        builder = _Builder(self._given)
-        name = name or self.model.name
-        chain = _as_chain(nodes, self.model)
-        if chain is not None:
-            model = keras.Sequential([builder.clone(node.operation) for node in chain], name=name)
+        builder.take(self._given)
+        chain = _is_chain(nodes, self.model)
+        make = _constructor(self.model, chain)
+        if chain:
+            content = [[builder.clone(node.operation) for node in nodes]]
         else:
-            inputs, outputs = self._call_all(nodes, builder)
-            model = _constructor(self.model)(inputs, outputs, name=name)
+            content = self._call_all(nodes, builder)
+        model = make(*content, name=name or self.model.name)
         builder.carry_state()
+        keras_private.set_own_trainable(model, self.model.trainable)
+        # Of the model's own policy, compile() learns whether to scale the loss.
+        model.dtype_policy = self.model.dtype_policy
+        self._given = {}
         return model
 
-    def _call_all(self, nodes: list[Node], builder: "_Builder") -> tuple[Any, Any]:
+    def _call_all(self, nodes: list[Node], builder: "_Builder") -> list[Any]:
         values: dict[int, Any] = {}
 
         def to_value(leaf: Any) -> Any:
@@ -290,7 +316,7 @@ class Graph:
                 outputs = operation(*_map(to_value, node.args), **_map(to_value, node.kwargs))
             for tensor, value in zip(node.outputs, keras.tree.flatten(outputs), strict=True):
                 values[id(tensor)] = value
-        return _map(to_value, self._input_tree), _map(to_value, self._output_tree)
+        return [_map(to_value, self._input_tree), _map(to_value, self._output_tree)]
 
     def _needed(self) -> list[Node]:
         wanted = {id(tensor) for tensor in (*self.outputs, *self.inputs)}
@@ -302,29 +328,41 @@ class Graph:
         return kept[::-1]
 
 
-class _Builder:
-    """Clones each operation once and, when all are built, carries the weights over."""
+_Given = dict[int, tuple[keras.layers.Layer, Sequence[Any] | None]]
 
-    def __init__(self, given: dict[int, Sequence[Any] | None]) -> None:
-        self._given = given
+
+class _Builder:
+    """Clones each operation once and, when all are built, carries the weights over.
+
+    A model and its nested models have one builder, so that a layer of several stays one layer.
+    """
+
+    def __init__(self) -> None:
         self._clones: dict[int, tuple[Any, Any]] = {}
+        self._waiting: list[tuple[Any, Any]] = []
+        self._weights: list[tuple[keras.layers.Layer, Sequence[Any]]] = []
+
+    def take(self, given: _Given) -> None:
+        self._clones.update({key: (layer, layer) for key, (layer, _) in given.items()})
+        self._weights += [(layer, w) for layer, w in given.values() if w is not None]
 
     def clone(self, operation: Any) -> Any:
-        if id(operation) in self._given:
-            self._clones[id(operation)] = (operation, operation)
-        elif id(operation) not in self._clones:
-            nested = isinstance(operation, keras.Model) and keras_private.has_graph(operation)
-            clone = Graph.read(operation).build() if nested else clone_operation(operation)
+        if id(operation) not in self._clones:
+            if _is_nested(operation):
+                clone = Graph.read(operation)._build(self)  # noqa: SLF001
+            else:
+                clone = clone_operation(operation)
+                if isinstance(operation, keras.layers.Layer):
+                    self._waiting.append((operation, clone))
             self._clones[id(operation)] = (operation, clone)
         return self._clones[id(operation)][1]
 
     def carry_state(self) -> None:
-        for source, clone in self._clones.values():
-            if source is not clone:
-                if isinstance(source, keras.layers.Layer):
-                    copy_state(source, clone)
-            elif self._given[id(clone)] is not None:
-                clone.set_weights(self._given[id(clone)])
+        for source, clone in self._waiting:
+            copy_state(source, clone)
+        for layer, weights in self._weights:
+            layer.set_weights(weights)
+        self._waiting, self._weights = [], []
 
 
 # Nested models
@@ -338,14 +376,23 @@ def map_models(model: keras.Model, edit: Callable[[Graph], None]) -> keras.Model
         edit: changes the graph that it is given.
 
     Returns:
-        The rebuilt model. A nested model that is called twice is edited once and stays shared.
+        The rebuilt model. A nested model that is called twice, in one model or in several, is
+        edited once and stays shared. So does a layer of several models that `edit` lets stand.
     """
-    graph = Graph.read(model)
-    for layer in graph.layers():
-        if isinstance(layer, keras.Model) and keras_private.has_graph(layer):
-            graph.replace_layer(layer, map_models(layer, edit))
-    edit(graph)
-    return graph.build()
+    builder = _Builder()
+    rebuilt: dict[int, keras.Model] = {}
+
+    def rebuild(source: keras.Model) -> keras.Model:
+        if id(source) not in rebuilt:
+            graph = Graph.read(source)
+            for layer in graph.layers():
+                if _is_nested(layer):
+                    graph.replace_layer(layer, rebuild(layer))
+            edit(graph)
+            rebuilt[id(source)] = graph._build(builder)  # noqa: SLF001
+        return rebuilt[id(source)]
+
+    return rebuild(model)
 
 
 def flat_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
@@ -359,7 +406,7 @@ def flat_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
 
 def _flatten(model: keras.Model) -> Iterator[keras.layers.Layer]:
     for layer in Graph.read(model).layers():
-        if isinstance(layer, keras.Model) and keras_private.has_graph(layer):
+        if _is_nested(layer):
             yield from _flatten(layer)
         else:
             yield layer
@@ -370,6 +417,10 @@ def _flatten(model: keras.Model) -> Iterator[keras.layers.Layer]:
 
 def _is_tensor(leaf: Any) -> bool:
     return isinstance(leaf, Tensor)
+
+
+def _is_nested(operation: Any) -> bool:
+    return isinstance(operation, keras.Model) and keras_private.has_graph(operation)
 
 
 def _map(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -391,28 +442,46 @@ def _check_names(nodes: list[Node], model: keras.Model) -> None:
         )
 
 
-def _as_chain(nodes: list[Node], model: keras.Model) -> list[Node] | None:
-    """Returns the nodes if they still form a chain that Sequential can hold, else None."""
+def _output_of(layer: keras.layers.Layer, tensor: Tensor) -> Tensor:
+    value = keras.KerasTensor(tensor.shape, tensor.dtype)
+    default = type(layer).compute_output_shape is keras.layers.Layer.compute_output_shape
+    # Keras then runs the layer to see what it gives, which takes its weights. The layer itself
+    # must not be called here: it would remember a call that is in no model.
+    unclear = default and not layer.built
+    outputs = clone_operation(layer)(value) if unclear else layer.compute_output_spec(value)
+    if not isinstance(outputs, keras.KerasTensor):
+        raise ValueError(f"A layer of one output can be inserted, but {layer.name!r} has several.")
+    return Tensor(tuple(outputs.shape), outputs.dtype, layer.name)
+
+
+def _is_chain(nodes: list[Node], model: keras.Model) -> bool:
+    """Whether the nodes of a Sequential model still form a chain that Sequential can hold."""
     if not isinstance(model, keras.Sequential):
-        return None
+        return False
     for before, node in itertools.pairwise(nodes):
         # Sequential calls its layers with these by itself, and nobody else can.
         bare = set(node.kwargs) <= {"training", "mask"}
         plain = bare and len(node.args) == 1 and node.args[0] is before.outputs[0]
         if node.layer is None or not plain or len(before.outputs) != 1:
-            return None
-    once = len({id(node.operation) for node in nodes}) == len(nodes)
-    return nodes if once and len(nodes) > 1 else None
+            return False
+    return len({id(node.operation) for node in nodes}) == len(nodes) > 1
 
 
-def _constructor(model: keras.Model) -> Callable[..., keras.Model]:
-    """Returns what makes a model of the same class from inputs and outputs."""
-    if isinstance(model, keras.Sequential) or type(model).__name__ == "Functional":
-        return keras.Model
-    if keras_private.has_functional_constructor(type(model)):
-        return type(model)
+def _constructor(model: keras.Model, chain: bool) -> Callable[..., keras.Model]:
+    """Returns what makes a model of the same class from inputs and outputs, or from a chain."""
+    kind = type(model)
+    if isinstance(model, keras.Sequential):
+        if chain and inspect.signature(kind) == inspect.signature(keras.Sequential):
+            return kind
+        if kind is keras.Sequential:
+            return keras.Model
+        needed = "(layers, trainable, name)" if chain else "(layers), and it is no chain any more"
+    elif keras_private.has_functional_constructor(kind):
+        return kind
+    else:
+        needed = "(inputs, outputs, name)"
     raise TypeError(
-        f"{model.name!r} is a {type(model).__name__} whose constructor takes other arguments than "
-        "(inputs, outputs, name), so the rewritten model could not be one too, and its own "
-        "train_step would be lost. Rewrite keras.Model(model.inputs, model.outputs) and wrap that."
+        f"{model.name!r} is a {kind.__name__} whose constructor takes other arguments than "
+        f"{needed}, so the rewritten model could not be one too, and its own train_step would be "
+        "lost. Rewrite keras.Model(model.inputs, model.outputs) and wrap that."
     )

@@ -7,6 +7,7 @@ meets it.
 
 import inspect
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -57,6 +58,27 @@ def seed_states(layer: keras.layers.Layer) -> list[keras.Variable]:
     ]
 
 
+def set_own_trainable(layer: keras.layers.Layer, trainable: bool) -> None:
+    """Sets the flag of one layer or model and leaves those of its inner layers as they are."""
+    layer._trainable = trainable  # noqa: SLF001
+
+
+def says_how_it_is_built(layer: keras.layers.Layer) -> bool:
+    """Whether the class of a layer has a `build_from_config` or `get_build_config` of its own."""
+    base = keras.layers.Layer
+    return (
+        type(layer).build_from_config is not base.build_from_config
+        or type(layer).get_build_config is not base.get_build_config
+    )
+
+
+def trusted_deserialization() -> AbstractContextManager[Any]:
+    """Returns a scope in which Keras deserializes lambdas, for what is in memory already."""
+    from keras.src.saving.serialization_lib import SafeModeScope
+
+    return SafeModeScope(safe_mode=False)
+
+
 def adopt_call_signature(wrapper: keras.layers.Layer, layer: keras.layers.Layer) -> None:
     """Makes Keras bind, mask and check a wrapper's call arguments as it does the inner layer's.
 
@@ -79,10 +101,12 @@ def takes_training(layer: keras.layers.Layer) -> bool:
 
 
 def has_functional_constructor(model_class: type) -> bool:
-    """Whether a subclass of Functional is made as `model_class(inputs, outputs, name=...)`."""
+    """Whether Functional or a subclass of it is made as `model_class(inputs, outputs, name=...)`."""
     from keras.src.models.functional import functional_like_constructor
 
-    return bool(functional_like_constructor(model_class))
+    # Keras lets (*args, more=1, **kwargs) pass, and forgets `more` when it makes the model anew.
+    more = inspect.getfullargspec(model_class.__init__).kwonlyargs  # type: ignore[misc]
+    return bool(functional_like_constructor(model_class)) and not more
 
 
 def replace_clip_gradients(optimizer: keras.optimizers.Optimizer, hook: Any) -> Any:

@@ -35,15 +35,14 @@ def gather_samples(
     try:
         arrays = _read(model, data, argument, most)
     except ValueError as error:
-        raise _misfit(model, wanted, f"cannot be read as such: {error}", argument) from error
+        raise _misfit(model, wanted, f"what cannot be read as such: {error}", argument) from error
     if len(arrays) != len(wanted) or not all(map(_fits, arrays, wanted)):
-        found = f"has the shape {_listed([array.shape for array in arrays])}"
-        raise _misfit(model, wanted, found, argument)
+        raise _misfit(model, wanted, _listed([array.shape for array in arrays]), argument)
     lengths = sorted({len(array) for array in arrays})
     if len(lengths) > 1:
         raise ValueError(f"{argument} has different numbers of samples for the inputs: {lengths}.")
     if lengths[0] < least:
-        raise ValueError(f"{argument} must hold {least} samples at least, but got {lengths[0]}.")
+        raise ValueError(f"{argument} must hold samples, {least} at least, but got {lengths[0]}.")
     pairs = zip(arrays, model.inputs, strict=True)
     typed = [array[:most].astype(tensor.dtype, copy=False) for array, tensor in pairs]
     for array, name in zip(typed, end_names(model)[0], strict=True):
@@ -105,7 +104,7 @@ def _misfit(
     model: keras.Model, wanted: list[tuple[int | None, ...]], found: str, argument: str
 ) -> ValueError:
     return ValueError(
-        f"{argument} must hold samples for {model.name!r}, which takes {_listed(wanted)}, but it "
+        f"{argument} must hold samples for {model.name!r}, which takes {_listed(wanted)}, but got "
         f"{found}."
     )
 

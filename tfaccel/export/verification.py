@@ -79,7 +79,7 @@ def compare(path: str | os.PathLike[str], model: keras.Model, samples: list[Arra
             strict=True,
         )
     )
-    errors = np.concatenate([_distance(ours, keras_s).ravel() for ours, keras_s in pairs])
+    errors = np.concatenate([distance(ours, keras_s).ravel() for ours, keras_s in pairs])
     outputs = np.abs(np.concatenate([keras_s.ravel() for _, keras_s in pairs]))
     votes = [
         ours.argmax(-1) == keras_s.argmax(-1)
@@ -111,11 +111,11 @@ def _predict(model: keras.Model, samples: list[Array], portion: int) -> list[Arr
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
-def _distance(ours: Array, expected: Array) -> Array:
+def distance(ours: Array, expected: Array) -> Array:
     """Returns |ours - expected|: zero for equal infinities, infinite where one is NaN."""
     with np.errstate(invalid="ignore"):
-        distance = np.where(ours == expected, 0.0, np.abs(ours - expected))
-    return np.where(np.isnan(distance), np.inf, distance)
+        apart = np.where(ours == expected, 0.0, np.abs(ours - expected))
+    return np.where(np.isnan(apart), np.inf, apart)
 
 
 def check_verified(verification: Verification, scheme: str, path: Path) -> None:

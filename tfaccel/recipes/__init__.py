@@ -11,7 +11,8 @@ from tfaccel.recipes.reading import load_recipe, parse_recipe
 from tfaccel.recipes.schema import Recipe, RecipeError
 
 if TYPE_CHECKING:
-    from tfaccel.recipes.runner import RunListener, RunResult, StageResult, run_recipe
+    from tfaccel.recipes.results import RunResult, StageResult
+    from tfaccel.recipes.runner import RunListener, run_recipe
 
 __all__ = [
     "DataError",

@@ -15,7 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tfaccel.recipes.runner import RunListener, StageResult
+from tfaccel.recipes.results import StageResult
+from tfaccel.recipes.runner import RunListener
 from tfaccel.recipes.schema import Recipe, Stage
 
 

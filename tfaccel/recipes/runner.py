@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import logging
 import os
 import platform
@@ -13,62 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from tfaccel import __version__
-from tfaccel.core.artifacts import load_model, save_model, sha256, write_json
+from tfaccel.core.artifacts import load_model, save_model, sha256
 from tfaccel.measurement import Measurement, measure
 from tfaccel.recipes.cache import StepCache, hash_of
 from tfaccel.recipes.data import load_data
 from tfaccel.recipes.models import build_network
 from tfaccel.recipes.reading import with_workers
+from tfaccel.recipes.results import RunResult, StageResult, write_report, write_results
 from tfaccel.recipes.schema import ExportSettings, Recipe, Stage
 from tfaccel.recipes.stages import Task, run_stage
 
 _log = logging.getLogger("tfaccel.recipes")
-_PACKAGES = ("keras", "tensorflow", "ai-edge-litert", "numpy", "horovod")
-
-
-@dataclasses.dataclass(frozen=True)
-class StageResult:
-    """What a stage left behind.
-
-    Attributes:
-        name: of the stage.
-        verb: what it did: train, distill, prune or quantize_aware.
-        model: its .keras file.
-        tflite: its .tflite file.
-        seconds: how long the training took.
-        figures: loss and accuracy after the last epoch, by Keras's names.
-        exported: scheme of the .tflite file, and how far it is from Keras.
-        reused: whether the model was there from an earlier run.
-        measurement: of the .tflite file, on the test split.
-    """
-
-    name: str
-    verb: str
-    model: Path
-    tflite: Path
-    seconds: float
-    figures: Mapping[str, float]
-    exported: Mapping[str, Any]
-    reused: bool
-    measurement: Measurement
-
-
-@dataclasses.dataclass(frozen=True)
-class RunResult:
-    """A finished run.
-
-    Attributes:
-        folder: where everything lies.
-        stages: one result per stage, in their order.
-    """
-
-    folder: Path
-    stages: tuple[StageResult, ...]
-
-    @property
-    def measurements(self) -> list[Measurement]:
-        """The measurement of every stage."""
-        return [stage.measurement for stage in self.stages]
 
 
 class RunListener:
@@ -146,11 +100,11 @@ class _Run:
             try:
                 for stage in self._recipe.stages:
                     results.append(self._run_stage(stage))
-                    self._write_results(results)
+                    write_results(self._folder, self._recipe, self._data, results)
             except BaseException as error:
                 _log.error("stopped by %s: %s", type(error).__name__, error)
                 raise
-            self._write_report(results)
+            write_report(self._folder, self._recipe, self._data, results)
             _log.info("finished")
         return RunResult(self._folder, tuple(results))
 
@@ -329,67 +283,6 @@ class _Run:
         # From the name, so that a stage put in between does not change the others.
         text = f"{self._recipe.seed}/{stage.name}".encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
-
-    def _write_results(self, results: list[StageResult]) -> None:
-        data = self._data
-        content = {
-            "name": self._recipe.name,
-            "finished": len(results) == len(self._recipe.stages),
-            "seed": self._recipe.seed,
-            "device": results[-1].measurement.device,
-            "versions": versions(),
-            "recipe": self._recipe.model_dump(exclude_none=True),
-            "data": {
-                "sha256": data.digest,
-                "train": len(data.train),
-                "validation": len(data.validation),
-                "test": len(data.test),
-                "classes": data.classes,
-                "input_shape": list(data.input_shape),
-            },
-            "stages": [
-                {
-                    "name": result.name,
-                    "verb": result.verb,
-                    "seconds": result.seconds,
-                    "figures": dict(result.figures),
-                    "export": dict(result.exported),
-                    "files": {path.name: sha256(path) for path in (result.model, result.tflite)},
-                    "measurement": dataclasses.asdict(result.measurement),
-                }
-                for result in results
-            ],
-        }
-        write_json(self._folder / "results.json", content)
-
-    def _write_report(self, results: list[StageResult]) -> None:
-        import yaml
-
-        from tfaccel.reporting import render_html
-
-        recipe = self._recipe.model_dump(exclude_none=True, exclude_defaults=True)
-        render_html(
-            [result.measurement for result in results],
-            self._folder / "report.html",
-            self._recipe.name,
-            facts={
-                "measured on": f"{len(self._data.test):,} held-out samples",
-                "device": results[-1].measurement.device,
-                "seed": str(self._recipe.seed),
-                "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
-                "trained in": ", ".join(f"{r.name} {r.seconds:.0f} s" for r in results),
-            },
-            sources={"recipe": yaml.safe_dump(recipe, sort_keys=False)},
-        )
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python, tfaccel and the packages that decide a result."""
-    found = {"python": platform.python_version(), "tfaccel": __version__}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 @contextlib.contextmanager

@@ -72,6 +72,17 @@ class _Fit(_Part):
     decay: Literal["cosine", "none"] = "cosine"
 
 
+class _Taught(_Fit):
+    """Training in which the model of an earlier stage may be the teacher (Hinton et al. 2015).
+
+    `alpha` is the weight of the labels, 1 - alpha that of the teacher's answers.
+    """
+
+    teacher: str | None = None
+    temperature: float = Field(default=4.0, gt=0)
+    alpha: float = Field(default=0.3, ge=0, le=1)
+
+
 class TrainSettings(_Fit):
     """A new network, trained on the labels; with `workers` above 1 on that many Horovod workers."""
 
@@ -80,20 +91,15 @@ class TrainSettings(_Fit):
     workers: int = Field(default=1, gt=0)
 
 
-class DistillSettings(_Fit):
-    """A new network, trained to answer as the teacher does (Hinton et al. 2015).
-
-    `alpha` is the weight of the labels, 1 - alpha that of the teacher's answers.
-    """
+class DistillSettings(_Taught):
+    """A new network, trained to answer as the teacher does."""
 
     teacher: str
     architecture: Architecture
     arguments: dict[str, Any] = Field(default_factory=dict)
-    temperature: float = Field(default=4.0, gt=0)
-    alpha: float = Field(default=0.3, ge=0, le=1)
 
 
-class PruneSettings(_Fit):
+class PruneSettings(_Taught):
     """Weights of a stage's model set to zero while it trains on (Zhu & Gupta 2017).
 
     Sparsity rises from `initial_sparsity` to `sparsity` over the first `ramp` share of the steps.
@@ -118,7 +124,7 @@ class PruneSettings(_Fit):
         return self
 
 
-class QuantizeAwareSettings(_Fit):
+class QuantizeAwareSettings(_Taught):
     """A stage's model trained with the rounding of integers in it (Jacob et al. 2018)."""
 
     model: str
@@ -193,12 +199,9 @@ class Stage(_Part):
 
     @property
     def inputs(self) -> dict[str, str]:
-        """The stages that this one needs: {"teacher": name} or {"model": name}."""
-        return {
-            key: getattr(self.settings, key)
-            for key in ("teacher", "model")
-            if hasattr(self.settings, key)
-        }
+        """The stages that this one needs, as {"teacher": name, "model": name} or less."""
+        named = {key: getattr(self.settings, key, None) for key in ("model", "teacher")}
+        return {key: name for key, name in named.items() if name is not None}
 
 
 class Recipe(_Part):

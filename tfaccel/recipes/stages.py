@@ -84,19 +84,10 @@ def train(settings: TrainSettings, task: Task) -> keras.Model:
 
 def distill(settings: DistillSettings, task: Task) -> keras.Model:
     """Trains a new network on the labels and on the teacher's answers (Hinton et al. 2015)."""
-    from tfaccel.distillation import Distiller
-
-    student = build_network(
+    model = build_network(
         settings.architecture, settings.arguments, task.data.input_shape, task.data.classes
     )
-    distiller = Distiller(
-        task.inputs["teacher"],
-        student,
-        alpha=settings.alpha,
-        temperature=settings.temperature,
-    )
-    fit(distiller, settings, task)
-    return distiller.student
+    return fit(model, settings, task)
 
 
 def prune(settings: PruneSettings, task: Task) -> keras.Model:
@@ -170,7 +161,7 @@ def fit(
     task: Task,
     callbacks: list[keras.callbacks.Callback] | None = None,
 ) -> keras.Model:
-    """Compiles and fits a model on the train split; returns it."""
+    """Fits a model on the train split, with the teacher if the stage has one; returns it."""
     optimizer = make_optimizer(settings, settings.epochs * task.steps_per_epoch)
     callbacks = list(callbacks or [])
     if task.workers > 1:
@@ -180,11 +171,12 @@ def fit(
         callbacks += [hvd.BroadcastGlobalVariablesCallback(0), hvd.MetricAverageCallback()]
     if task.on_epoch:
         callbacks.append(EpochReport(task.on_epoch))
-    compile_classifier(model, optimizer)
+    trained = _taught(model, settings, task)
+    compile_classifier(trained, optimizer)
     batches = Batches(
         task.data.train, task.batch_size, task.seed, task.augment, task.rank, task.workers
     )
-    model.fit(
+    trained.fit(
         batches,
         epochs=settings.epochs,
         validation_data=task.data.validation.arrays,
@@ -192,3 +184,14 @@ def fit(
         callbacks=callbacks,
     )
     return model
+
+
+def _taught(model: keras.Model, settings: Any, task: Task) -> keras.Model:
+    """Returns the model, or a distiller whose student it is."""
+    if "teacher" not in task.inputs:
+        return model
+    from tfaccel.distillation import Distiller
+
+    return Distiller(
+        task.inputs["teacher"], model, alpha=settings.alpha, temperature=settings.temperature
+    )

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tfaccel.core.artifacts import write_aside
 from tfaccel.reporting.tables import columns_of
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Okabe & Ito's palette: told apart by colour-blind readers, black left for text.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+_LOGARITHMIC = 8  # the largest over the smallest value, from which on the axis is logarithmic
 _PLOTS = (
     ("Accuracy against latency", "latency_ms", 1.0, "latency, 1 thread [ms]"),
     ("Accuracy against size", "size_bytes", 1e-3, "size [kB]"),
@@ -89,7 +90,7 @@ def draw_plot(rows: "Sequence[Measurement]", field: str, scale: float, label: st
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     points = [(row.name, point) for row in rows if (point := _point(row, field))]
     xs = [x * scale for _, (x, _) in points]
@@ -103,9 +104,10 @@ def draw_plot(rows: "Sequence[Measurement]", field: str, scale: float, label: st
         axes.plot(xs, ys, color="#bbbbbb", linewidth=1, zorder=1)
         for index, ((name, _), x, y) in enumerate(zip(points, xs, ys, strict=True)):
             axes.scatter(x, y, s=60, color=_COLOURS[index % len(_COLOURS)], zorder=2, label=name)
-        axes.set_xlim(0, 1.12 * max(xs) or 1)
+        _scale_axis(axes, xs)
         middle, half = (max(ys) + min(ys)) / 2, max((max(ys) - min(ys)) * 0.75, 0.75)
         axes.set_ylim(middle - half, min(middle + half, 100.5))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(PercentFormatter(decimals=1))
         axes.set_xlabel(label)
         axes.set_ylabel("accuracy, held-out")
@@ -117,6 +119,21 @@ def draw_plot(rows: "Sequence[Measurement]", field: str, scale: float, label: st
     # Inside HTML neither the XML declaration nor the document type may stand.
     svg = drawn.getvalue()
     return svg[svg.index("<svg") :]
+
+
+def _scale_axis(axes: Any, values: Sequence[float]) -> None:
+    """Sets the horizontal axis: from zero, or logarithmic where small values would run together."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    smallest, largest = min(values), max(values)
+    if smallest <= 0 or largest < _LOGARITHMIC * smallest:
+        axes.set_xlim(0, 1.12 * largest or 1)
+        return
+    axes.set_xscale("log")
+    axes.set_xlim(smallest / 1.6, largest * 1.6)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def summarize(rows: "Sequence[Measurement]") -> str:
