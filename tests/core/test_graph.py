@@ -246,7 +246,7 @@ class Odd(keras.Model):
 def test_class_of_a_functional_subclass_is_kept_or_refused():
     x = keras.Input((3,))
     assert type(Graph.read(Counting(x, layers.Dense(2)(x))).build()) is Counting
-    with pytest.raises(TypeError, match=r"is a Odd whose constructor takes other arguments"):
+    with pytest.raises(TypeError, match=r"is a Odd.*constructor does not take \(inputs, outputs"):
         Graph.read(Odd(2)).build()
 
 

@@ -60,7 +60,7 @@ COVERED = {
     "depthwise_bn": lambda x: layers.BatchNormalization()(
         layers.DepthwiseConv2D(3, depth_multiplier=2)(x)
     ),
-    "separable": lambda x: layers.SeparableConv2D(4, 3, activation="relu")(x),
+    "separable": lambda x: conv(layers.SeparableConv2D(4, 3, activation="relu")(x)),
     "transposed_bn": lambda x: layers.BatchNormalization()(layers.Conv2DTranspose(4, 3)(x)),
     "dense": lambda x: layers.Dense(5, activation="relu")(layers.Flatten()(x)),
     "dense_on_sequence": lambda x: layers.Dense(5)(layers.Reshape((8, 24))(x)),

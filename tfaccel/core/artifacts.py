@@ -14,7 +14,18 @@ from typing import Any
 
 import keras
 
-from tfaccel.core.checks import check_file
+from tfaccel.core.checks import check_file, check_type
+
+# A damaged config makes Keras fail in many ways.
+_WHAT_KERAS_RAISES = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @contextlib.contextmanager
@@ -61,8 +72,10 @@ def save_model(model: keras.Model, path: str | os.PathLike[str]) -> Path:
     """Saves a model as a .keras file, whole or not at all.
 
     Raises:
+        TypeError: it is no model.
         ValueError: `path` does not end in .keras.
     """
+    check_type("model", model, keras.Model)
     target = Path(path)
     if target.suffix != ".keras":
         raise ValueError(
@@ -83,7 +96,8 @@ def load_model(path: str | os.PathLike[str], *, compile: bool = False) -> keras.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a .keras file, it is damaged, or it needs a class that is not known.
+        ValueError: it is not a .keras file, it is damaged, holds no model, or needs a class that is
+            not known.
     """
     source = check_file(path, "load_model", suffixes=(".keras",))
     try:
@@ -99,15 +113,17 @@ def load_model(path: str | os.PathLike[str], *, compile: bool = False) -> keras.
         ) from error
     try:
         # Our classes register themselves when their module is imported, and Keras imports none.
-        for module in sorted(set(re.findall(r'"module": "(tfaccel\.[\w.]+)"', config))):
+        for module in sorted(set(re.findall(r'"module":\s*"(tfaccel\.[\w.]+)"', config))):
             importlib.import_module(module)
-        return keras.saving.load_model(source, compile=compile)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+        model = keras.saving.load_model(source, compile=compile)
+        check_type("The content", model, keras.Model)
+    except _WHAT_KERAS_RAISES as error:
         raise ValueError(
             f"Keras could not load {str(source)!r}: {_first_line(error)} A model with classes of "
             "your own needs them registered (keras.saving.register_keras_serializable) and "
             "imported first."
         ) from error
+    return model
 
 
 def _first_line(error: Exception) -> str:

@@ -20,10 +20,14 @@ def check_model(model: Any, verb: str) -> None:
         ValueError: the model has no weights yet.
     """
     if not isinstance(model, keras.Model):
-        raise TypeError(
-            f"{verb}() needs a keras.Model, but got {type(model).__name__}. "
-            "Load a file first with keras.saving.load_model(path)."
-        )
+        kind = type(model)
+        if kind.__module__.partition(".")[0] == "tf_keras":
+            advice = f"A {kind.__name__} of tf_keras is Keras 2; make the model with Keras 3."
+        elif isinstance(model, (str, os.PathLike)):
+            advice = "Load a file first with keras.saving.load_model(path)."
+        else:
+            advice = "Make one with keras.Model(inputs, outputs) or keras.Sequential(layers)."
+        raise TypeError(f"{verb}() needs a keras.Model, but got {kind.__name__}. {advice}")
     graph_like = isinstance(model, keras.Sequential) or _has_graph(model)
     if not graph_like:
         raise TypeError(

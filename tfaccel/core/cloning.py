@@ -1,10 +1,12 @@
-"""Copies of layers and of their state."""
+"""Copies of layers and of their state, and what makes a model of the same class."""
 
 import contextlib
+import inspect
 import tempfile
+import textwrap
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -27,7 +29,7 @@ def clone_operation(operation: Any) -> Any:
             clone = type(operation).from_config(operation.get_config())
     except (NotImplementedError, TypeError, ValueError) as error:
         cause = error.__context__ or error
-        why = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        why = textwrap.shorten(str(cause) or type(cause).__name__, 200)
         raise ValueError(
             f"{type(operation).__name__} {operation.name!r} cannot be copied from its config "
             f"({why}). Give the class get_config() and from_config()."
@@ -118,8 +120,44 @@ def _copy_adapted(source: keras.layers.Layer, target: keras.layers.Layer) -> Non
             source.save_assets(folder)
             target.load_own_variables(variables)
             target.load_assets(folder)
-    elif hasattr(target, "finalize_state"):
+    elif isinstance(target, keras.layers.Normalization):
         target.finalize_state()
+
+
+# Classes of models
+
+
+def constructor_of(model: keras.Model, chain: bool) -> Callable[..., keras.Model]:
+    """Returns what makes a model of the same class.
+
+    Args:
+        model: a Functional or Sequential model, or one of a class derived from these.
+        chain: whether it is to be made from a list of layers, else from inputs and outputs.
+
+    Raises:
+        TypeError: the class cannot be made so.
+    """
+    kind = type(model)
+    if isinstance(model, keras.Sequential):
+        if kind is keras.Sequential:
+            return kind if chain else keras.Model
+        same = _signature(kind) == _signature(keras.Sequential)
+        wanted = "(layers, trainable, name)"
+    else:
+        same, wanted = keras_private.has_functional_constructor(kind), "(inputs, outputs, name)"
+        chain = True
+    if same and chain:
+        return kind
+    why = "the edited graph is no chain" if same else f"its constructor does not take {wanted}"
+    raise TypeError(
+        f"{model.name!r} is a {kind.__name__}, and the rewritten model cannot be one too: {why}. "
+        "What the class adds, such as a train_step, would be lost. Rewrite "
+        "keras.Model(model.inputs, model.outputs) and wrap the result."
+    )
+
+
+def _signature(kind: type) -> inspect.Signature:
+    return inspect.signature(kind.__init__)  # type: ignore[misc]
 
 
 # Functions and classes in a config

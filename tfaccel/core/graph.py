@@ -10,9 +10,6 @@ shared, across nested models too) and carries its weights over. Layers handed to
 `insert_*` are new; the first model that is built takes them over as they are, a second one clones.
 """
 
-import dataclasses
-import inspect
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,66 +17,19 @@ import keras
 
 from tfaccel.core import keras_private
 from tfaccel.core.checks import check_model, check_type
-from tfaccel.core.cloning import clone_operation, copy_state
+from tfaccel.core.cloning import clone_operation, constructor_of, copy_state
+from tfaccel.core.nodes import (
+    Node,
+    Tensor,
+    check_names,
+    is_chain,
+    is_tensor,
+    map_tree,
+    output_of,
+    swap,
+)
 
-
-@dataclasses.dataclass(eq=False)
-class Tensor:
-    """A value in the graph. Two tensors are the same only if they are one object.
-
-    Attributes:
-        shape: as in the model that was read, the batch dimension first and usually None.
-        dtype: name of the type, such as "float32".
-        name: what Keras called it.
-    """
-
-    shape: tuple[int | None, ...]
-    dtype: str
-    name: str
-
-
-@dataclasses.dataclass(eq=False)
-class Node:
-    """One call of a layer or of a functional operation.
-
-    Attributes:
-        operation: the Keras layer or operation that is called.
-        args: positional arguments, a tree in which every tensor is a `Tensor`.
-        kwargs: keyword arguments, likewise.
-        outputs: what the call gives, flat.
-    """
-
-    operation: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[Tensor, ...]
-
-    @property
-    def layer(self) -> keras.layers.Layer | None:
-        """The layer that is called, or None for a functional operation such as `x + y`."""
-        return self.operation if isinstance(self.operation, keras.layers.Layer) else None
-
-    @property
-    def name(self) -> str:
-        """Name of the layer or operation."""
-        return str(self.operation.name)
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """The tensors among the arguments, flat, positional ones first."""
-        return tuple(
-            leaf for leaf in keras.tree.flatten((self.args, self.kwargs)) if _is_tensor(leaf)
-        )
-
-    @property
-    def is_input(self) -> bool:
-        """Whether this is an entry of the model."""
-        return isinstance(self.operation, keras.layers.InputLayer)
-
-    @property
-    def is_model(self) -> bool:
-        """Whether this calls a nested model."""
-        return isinstance(self.operation, keras.Model)
+__all__ = ["Graph", "Node", "Tensor", "flat_layers", "map_models"]
 
 
 class Graph:
@@ -122,14 +72,14 @@ class Graph:
         nodes = [
             Node(
                 operation=call.operation,
-                args=_map(to_tensor, call.arguments.args),
-                kwargs=_map(to_tensor, call.arguments.kwargs),
+                args=map_tree(to_tensor, call.arguments.args),
+                kwargs=map_tree(to_tensor, call.arguments.kwargs),
                 outputs=tuple(to_tensor(output) for output in call.outputs),
             )
             for call in keras_private.call_nodes(model)
         ]
         input_tree, output_tree = (
-            _map(to_tensor, x) for x in (functional.input, functional.output)
+            map_tree(to_tensor, x) for x in (functional.input, functional.output)
         )
         return cls(model, nodes, input_tree, output_tree)
 
@@ -220,11 +170,11 @@ class Graph:
             if not any(reader is known for known in all_readers):
                 raise ValueError(f"{reader.name!r} does not read the tensor {tensor.name!r}.")
         self._take(layer)
-        node = Node(layer, (tensor,), {}, (_output_of(layer, tensor),))
+        node = Node(layer, (tensor,), {}, (output_of(layer, tensor),))
         for reader in readers:
             self._redirect(reader, tensor, node.outputs[0])
         if consumers is None:
-            self._output_tree = _swap(self._output_tree, tensor, node.outputs[0])
+            self._output_tree = swap(self._output_tree, tensor, node.outputs[0])
         self.nodes.insert(place, node)
         return node.outputs[0]
 
@@ -248,7 +198,7 @@ class Graph:
         before, after = node.inputs[0], node.outputs[0]
         for reader in self.consumers(after):
             self._redirect(reader, after, before)
-        self._output_tree = _swap(self._output_tree, after, before)
+        self._output_tree = swap(self._output_tree, after, before)
         self.nodes.remove(node)
 
     def _take(self, layer: keras.layers.Layer, weights: Sequence[Any] | None = None) -> None:
@@ -263,8 +213,8 @@ class Graph:
 
     @staticmethod
     def _redirect(node: Node, old: Tensor, new: Tensor) -> None:
-        node.args = _swap(node.args, old, new)
-        node.kwargs = _swap(node.kwargs, old, new)
+        node.args = swap(node.args, old, new)
+        node.kwargs = swap(node.kwargs, old, new)
 
     # Rebuilding
 
@@ -286,10 +236,10 @@ class Graph:
 
     def _build(self, builder: "_Builder", name: str | None = None) -> keras.Model:
         nodes = self._needed()
-        _check_names(nodes, self.model)
+        check_names(nodes, self.model)
         builder.take(self._given)
-        chain = _is_chain(nodes, self.model)
-        make = _constructor(self.model, chain)
+        chain = is_chain(nodes, self.model)
+        make = constructor_of(self.model, chain)
         if chain:
             content = [[builder.clone(node.operation) for node in nodes]]
         else:
@@ -306,17 +256,19 @@ class Graph:
         values: dict[int, Any] = {}
 
         def to_value(leaf: Any) -> Any:
-            return values[id(leaf)] if _is_tensor(leaf) else leaf
+            return values[id(leaf)] if is_tensor(leaf) else leaf
 
         for node in nodes:
             operation = builder.clone(node.operation)
             if node.is_input:
                 outputs = operation.output
             else:
-                outputs = operation(*_map(to_value, node.args), **_map(to_value, node.kwargs))
+                outputs = operation(
+                    *map_tree(to_value, node.args), **map_tree(to_value, node.kwargs)
+                )
             for tensor, value in zip(node.outputs, keras.tree.flatten(outputs), strict=True):
                 values[id(tensor)] = value
-        return [_map(to_value, self._input_tree), _map(to_value, self._output_tree)]
+        return [map_tree(to_value, self._input_tree), map_tree(to_value, self._output_tree)]
 
     def _needed(self) -> list[Node]:
         wanted = {id(tensor) for tensor in (*self.outputs, *self.inputs)}
@@ -412,76 +364,5 @@ def _flatten(model: keras.Model) -> Iterator[keras.layers.Layer]:
             yield layer
 
 
-# Helpers
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
-
-
 def _is_nested(operation: Any) -> bool:
     return isinstance(operation, keras.Model) and keras_private.has_graph(operation)
-
-
-def _map(function: Callable[[Any], Any], tree: Any) -> Any:
-    return keras.tree.map_structure(function, tree)
-
-
-def _swap(tree: Any, old: Tensor, new: Tensor) -> Any:
-    return _map(lambda leaf: new if leaf is old else leaf, tree)
-
-
-def _check_names(nodes: list[Node], model: keras.Model) -> None:
-    operations = {id(node.operation): node.name for node in nodes}
-    names = list(operations.values())
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(
-            f"Layers of one model need names of their own, but in {model.name!r} there are several "
-            f"named {', '.join(map(repr, twice))}. Give the inserted layer another name."
-        )
-
-
-def _output_of(layer: keras.layers.Layer, tensor: Tensor) -> Tensor:
-    value = keras.KerasTensor(tensor.shape, tensor.dtype)
-    default = type(layer).compute_output_shape is keras.layers.Layer.compute_output_shape
-    # Keras then runs the layer to see what it gives, which takes its weights. The layer itself
-    # must not be called here: it would remember a call that is in no model.
-    unclear = default and not layer.built
-    outputs = clone_operation(layer)(value) if unclear else layer.compute_output_spec(value)
-    if not isinstance(outputs, keras.KerasTensor):
-        raise ValueError(f"A layer of one output can be inserted, but {layer.name!r} has several.")
-    return Tensor(tuple(outputs.shape), outputs.dtype, layer.name)
-
-
-def _is_chain(nodes: list[Node], model: keras.Model) -> bool:
-    """Whether the nodes of a Sequential model still form a chain that Sequential can hold."""
-    if not isinstance(model, keras.Sequential):
-        return False
-    for before, node in itertools.pairwise(nodes):
-        # Sequential calls its layers with these by itself, and nobody else can.
-        bare = set(node.kwargs) <= {"training", "mask"}
-        plain = bare and len(node.args) == 1 and node.args[0] is before.outputs[0]
-        if node.layer is None or not plain or len(before.outputs) != 1:
-            return False
-    return len({id(node.operation) for node in nodes}) == len(nodes) > 1
-
-
-def _constructor(model: keras.Model, chain: bool) -> Callable[..., keras.Model]:
-    """Returns what makes a model of the same class from inputs and outputs, or from a chain."""
-    kind = type(model)
-    if isinstance(model, keras.Sequential):
-        if chain and inspect.signature(kind) == inspect.signature(keras.Sequential):
-            return kind
-        if kind is keras.Sequential:
-            return keras.Model
-        needed = "(layers, trainable, name)" if chain else "(layers), and it is no chain any more"
-    elif keras_private.has_functional_constructor(kind):
-        return kind
-    else:
-        needed = "(inputs, outputs, name)"
-    raise TypeError(
-        f"{model.name!r} is a {kind.__name__} whose constructor takes other arguments than "
-        f"{needed}, so the rewritten model could not be one too, and its own train_step would be "
-        "lost. Rewrite keras.Model(model.inputs, model.outputs) and wrap that."
-    )

@@ -101,7 +101,7 @@ def takes_training(layer: keras.layers.Layer) -> bool:
 
 
 def has_functional_constructor(model_class: type) -> bool:
-    """Whether Functional or a subclass of it is made as `model_class(inputs, outputs, name=...)`."""
+    """Whether a subclass of Functional is made as `model_class(inputs, outputs, name=...)`."""
     from keras.src.models.functional import functional_like_constructor
 
     # Keras lets (*args, more=1, **kwargs) pass, and forgets `more` when it makes the model anew.

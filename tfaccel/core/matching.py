@@ -39,36 +39,41 @@ def match(graph: Graph, pattern: Sequence[Matcher | Optional]) -> list[tuple[Nod
 
     Raises:
         ValueError: the pattern is empty or begins with an optional step.
+        TypeError: a step is neither class nor predicate.
     """
     if not pattern or isinstance(pattern[0], Optional):
         raise ValueError(f"A pattern begins with a step that must be there, but got {pattern!r}.")
+    for step in pattern:
+        matcher = step.matcher if isinstance(step, Optional) else step
+        if not (callable(matcher) or isinstance(matcher, tuple)):
+            raise TypeError(f"A step is a class, several, or a predicate, but got {matcher!r}.")
     taken: set[int] = set()
-    found = []
+    found: list[tuple[Node | None, ...]] = []
     for node in graph.nodes:
-        chain = _match_from(graph, node, pattern) if id(node) not in taken else None
-        if chain is not None and not any(id(n) in taken for n in chain if n):
-            taken.update(id(n) for n in chain if n)
-            found.append(chain)
+        if id(node) in taken or not _fits(node, pattern[0]):
+            continue
+        tail = _complete(graph, node, pattern[1:])
+        if tail is not None and not any(id(n) in taken for n in tail if n):
+            taken.update(id(n) for n in (node, *tail) if n)
+            found.append((node, *tail))
     return found
 
 
-def _match_from(
-    graph: Graph, first: Node, pattern: Sequence[Matcher | Optional]
+def _complete(
+    graph: Graph, last: Node, steps: Sequence[Matcher | Optional]
 ) -> tuple[Node | None, ...] | None:
-    if not _fits(first, pattern[0]):
-        return None
-    chain: list[Node | None] = [first]
-    last = first
-    for step in pattern[1:]:
-        following = _only_reader(graph, last)
-        if following is not None and _fits(following, step):
-            chain.append(following)
-            last = following
-        elif isinstance(step, Optional):
-            chain.append(None)
-        else:
-            return None
-    return tuple(chain)
+    """Returns what follows `last`, one entry for each step, or None if it does not fit."""
+    if not steps:
+        return ()
+    step, rest = steps[0], steps[1:]
+    following = _only_reader(graph, last)
+    if following is not None and _fits(following, step):
+        tail = _complete(graph, following, rest)
+        if tail is not None:
+            return (following, *tail)
+    # Or the step is missing, even where it would fit: a later one may want that node.
+    tail = _complete(graph, last, rest) if isinstance(step, Optional) else None
+    return None if tail is None else (None, *tail)
 
 
 def _only_reader(graph: Graph, node: Node) -> Node | None:

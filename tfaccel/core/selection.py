@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import keras
 
@@ -54,7 +55,7 @@ def select_layers(
         if exclude is not None and excluded(layer):
             choices.append(Choice(layer, False, "excluded"))
         elif include is not None:
-            chosen = included(layer)
+            chosen = bool(included(layer))
             choices.append(Choice(layer, chosen, "included" if chosen else "not included"))
         else:
             choices.append(Choice(layer, True, "default"))
@@ -66,19 +67,25 @@ def _matcher(
 ) -> Callable[[keras.layers.Layer], bool]:
     if selector is None:
         return lambda layer: True  # noqa: ARG005
-    if callable(selector):
+    if callable(selector) and not isinstance(selector, type):
         return selector
-    patterns = [selector] if isinstance(selector, str) else list(selector)
+    lone = isinstance(selector, str) or not isinstance(selector, Iterable)
+    patterns: list[Any] = [selector] if lone else list(selector)
     names = [layer.name for layer in layers]
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(
-                f"{argument} takes layer names, patterns such as 'block_*', or a predicate on the "
-                f"layer, but got {pattern!r}."
+                f"{argument} takes layer names, patterns such as 'block_*', or a predicate such as "
+                f"lambda layer: isinstance(layer, keras.layers.Dense), but got {pattern!r}."
             )
-        if not fnmatch.filter(names, pattern):
+        if not any(_matches(name, pattern) for name in names):
             close = difflib.get_close_matches(pattern, names, n=3)
             meant = " or ".join(map(repr, close))
             hint = f"Did you mean {meant}?" if close else "See model.summary()."
             raise ValueError(f"{argument}={pattern!r} matches no layer of the model. {hint}")
-    return lambda layer: any(fnmatch.fnmatchcase(layer.name, p) for p in patterns)
+    return lambda layer: any(_matches(layer.name, pattern) for pattern in patterns)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    # A name may hold brackets, which mean something else in a pattern.
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
