@@ -69,8 +69,9 @@ def _matcher(
         return lambda layer: True  # noqa: ARG005
     if callable(selector) and not isinstance(selector, type):
         return selector
-    lone = isinstance(selector, str) or not isinstance(selector, Iterable)
-    patterns: list[Any] = [selector] if lone else list(selector)
+    given: Any = selector
+    lone = isinstance(given, str) or not isinstance(given, Iterable)
+    patterns: list[Any] = [given] if lone else list(given)
     names = [layer.name for layer in layers]
     for pattern in patterns:
         if not isinstance(pattern, str):
