@@ -24,7 +24,12 @@ hypothesis.settings.load_profile("tfaccel")
 
 
 def pytest_collection_modifyitems(items):
-    """Skips the tests marked `horovod` where the wheel is not installed."""
+    """Keeps what shares a costly fixture in one process, and skips Horovod's tests without it."""
+    for item in items:
+        if item.path.parent.name == "distributed":  # all files look at one job
+            item.add_marker(pytest.mark.xdist_group("distributed"))
+        elif item.path.parent.name != "contracts":
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
     if importlib.util.find_spec("horovod") is not None:
         return
     skip = pytest.mark.skip(reason="needs Horovod (tools/build_horovod.py --install)")
