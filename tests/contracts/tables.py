@@ -151,6 +151,7 @@ class Part:
 
 # What lands in a saved model besides TransformedLayer, which the rewrites above put there.
 LAYERS: dict[str, Part] = {
+    "Dequantize": Part(lambda: tfaccel.quantization.Dequantize(name="end_of_integers")),
     "FakeQuantize": Part(lambda: tfaccel.quantization.FakeQuantize(name="quantize")),
 }
 LOSSES: dict[str, Part] = {

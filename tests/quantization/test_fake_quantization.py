@@ -7,7 +7,7 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfaccel.quantization import FakeQuantize, FakeQuantizeWeights, fake_quantization
+from tfaccel.quantization import Dequantize, FakeQuantize, FakeQuantizeWeights, fake_quantization
 
 
 def kernel_of(shape, seed=0):
@@ -123,6 +123,49 @@ def test_clipped_values_get_no_gradient():
     np.testing.assert_array_equal(tape.gradient(total, x), [0.0, 1.0, 0.0])
 
 
+def test_training_rounds_by_the_range_just_learnt():
+    x = kernel_of((40,))
+    layer = FakeQuantize()
+    with tf.GradientTape() as tape:
+        values = tf.Variable(x)
+        out = layer(values, training=True)
+    expected = tf.quantization.fake_quant_with_min_max_vars(x, x.min(), x.max())
+    np.testing.assert_array_equal(np.asarray(out), expected)
+    # The nudge that puts zero on the grid may leave the outermost value out.
+    assert np.asarray(tape.gradient(out, values)).sum() >= 39
+
+
+def test_range_begins_when_there_is_something_to_see():
+    layer = FakeQuantize()
+    zeros = np.zeros((3, 2), "float32")
+    np.testing.assert_array_equal(np.asarray(layer(zeros, training=True)), zeros)
+    frozen = layer.frozen()  # any range does for what was always zero
+    np.testing.assert_array_equal(np.asarray(frozen(zeros)), zeros)
+    layer(np.array([-0.5, 2.0], "float32"), training=True)
+    assert (float(layer.minimum), float(layer.maximum)) == (-0.5, 2.0)
+
+
+def test_range_of_negative_values_freezes():
+    layer = FakeQuantize()
+    layer(np.array([-3.0, -1.0], "float32"), training=True)
+    assert layer.frozen().fixed_range == (-3.0, 0.0)
+
+
+def test_infinite_values_do_not_spoil_the_range():
+    layer = FakeQuantize()
+    layer(np.array([-1.0, 1.0], "float32"), training=True)
+    layer(np.array([-np.inf, np.inf], "float32"), training=True)
+    assert (float(layer.minimum), float(layer.maximum)) == (-1.0, 1.0)
+
+
+def test_dequantize_changes_at_most_the_last_digit():
+    x = kernel_of((1000,))
+    layer = Dequantize()
+    np.testing.assert_array_equal(np.asarray(layer(x, training=True)), x)
+    np.testing.assert_array_max_ulp(np.asarray(layer(x)), x, maxulp=2)
+    assert layer.strip_layer() is None
+
+
 def test_unknown_range_passes_values_and_refuses_to_freeze():
     layer = FakeQuantize(name="early")
     x = kernel_of((4,))
@@ -154,6 +197,7 @@ def test_half_precision_keeps_its_type_and_a_full_range(dtype):
         ({"bits": 9}, "bits must be one of 2, 3"),
         ({"momentum": 1.0}, r"momentum must be a fraction in \[0, 1\)"),
         ({"fixed_range": (0.5, 1.0)}, "fixed_range must be"),
+        ({"fixed_range": (0.0, 0.0)}, "fixed_range must be"),
     ],
 )
 def test_bad_arguments(arguments, message):

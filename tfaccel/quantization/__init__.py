@@ -1,6 +1,11 @@
 """Quantization: rounding that is trained with, for artifacts that compute in integers."""
 
-from tfaccel.quantization.fake_quantization import FakeQuantize, FakeQuantizeWeights, freeze_ranges
+from tfaccel.quantization.fake_quantization import (
+    Dequantize,
+    FakeQuantize,
+    FakeQuantizeWeights,
+    freeze_ranges,
+)
 from tfaccel.quantization.placement import Decision
 from tfaccel.quantization.schemes import SCHEMES, Scheme
 from tfaccel.quantization.training import is_quantization_aware, plan, quantize_aware, scheme_of
@@ -8,6 +13,7 @@ from tfaccel.quantization.training import is_quantization_aware, plan, quantize_
 __all__ = [
     "SCHEMES",
     "Decision",
+    "Dequantize",
     "FakeQuantize",
     "FakeQuantizeWeights",
     "Scheme",

@@ -17,6 +17,8 @@ from tfaccel.core.graph import Graph, map_models
 from tfaccel.core.transforms import QUANTIZE, WeightTransform
 
 BITS = range(2, 9)
+# A factor of -1 is simplified away by the converter, together with the negation behind it.
+_BARELY_BEYOND_MINUS_ONE = -1 - 2**-23
 
 
 @keras.saving.register_keras_serializable("tfaccel")
@@ -92,7 +94,9 @@ class FakeQuantize(keras.layers.Layer):
     ) -> None:
         check_in("bits", bits, BITS)
         check_fraction("momentum", momentum)
-        if fixed_range is not None and not fixed_range[0] <= 0 < fixed_range[1]:
+        if fixed_range is not None and not (
+            fixed_range[0] <= 0 <= fixed_range[1] and fixed_range[0] < fixed_range[1]
+        ):
             raise ValueError(
                 f"fixed_range must be (minimum, maximum) around zero, but got {fixed_range!r}."
             )
@@ -133,26 +137,28 @@ class FakeQuantize(keras.layers.Layer):
             rounded = _fake_quantize(values, *self.fixed_range, self.bits)
             return keras.ops.cast(rounded, inputs.dtype)
         if training:
-            self._observe(keras.ops.stop_gradient(values))
+            low, high = self._observe(keras.ops.stop_gradient(values))
+            return keras.ops.cast(_fake_quantize(values, low, high, self.bits), inputs.dtype)
         low, high = (keras.ops.convert_to_tensor(v) for v in (self.minimum, self.maximum))
-        known = high > low
-        rounded = _fake_quantize(
-            values, keras.ops.where(known, low, -1.0), keras.ops.where(known, high, 1.0), self.bits
-        )
-        return keras.ops.cast(keras.ops.where(known, rounded, values), inputs.dtype)
+        rounded = _fake_quantize(values, *_never_empty(low, high), self.bits)
+        return keras.ops.cast(keras.ops.where(high > low, rounded, values), inputs.dtype)
 
-    def _observe(self, values: Any) -> None:
+    def _observe(self, values: Any) -> tuple[Any, Any]:
+        """Moves the range towards that of `values`; returns it, or any if all was zero so far."""
         ops = keras.ops
-        first = ops.convert_to_tensor(self.batches) == 0
-        for variable, extreme in ((self.minimum, ops.min), (self.maximum, ops.max)):
-            old = ops.convert_to_tensor(variable)
-            clip = ops.minimum if variable is self.minimum else ops.maximum
-            seen = clip(extreme(values), 0.0)
+        old = [ops.convert_to_tensor(v) for v in (self.minimum, self.maximum)]
+        seen = ops.minimum(ops.min(values), 0.0), ops.maximum(ops.max(values), 0.0)
+        begun = old[1] > old[0]
+        moved = []
+        for before, now in zip(old, seen, strict=True):
             # An overflow under float16 must not spoil the range for good.
-            seen = ops.where(ops.isfinite(seen), seen, old)
-            mean = self.momentum * old + (1 - self.momentum) * seen
-            variable.assign(ops.where(first, seen, mean))
+            sound = ops.where(ops.isfinite(now), now, before)
+            mean = self.momentum * before + (1 - self.momentum) * sound
+            moved.append(ops.where(begun, mean, sound))
+        self.minimum.assign(moved[0])
+        self.maximum.assign(moved[1])
         self.batches.assign_add(1)
+        return _never_empty(*moved)
 
     def frozen(self) -> "FakeQuantize":
         """Returns a layer of the same name whose range is fixed to what this one has learnt.
@@ -166,8 +172,7 @@ class FakeQuantize(keras.layers.Layer):
                 "never trained. Run model.fit on a few batches first."
             )
         low, high = (float(keras.ops.convert_to_numpy(v)) for v in (self.minimum, self.maximum))
-        # A value that was always zero is exact on any grid.
-        fixed = (low, high) if high > low else (0.0, 1.0)
+        fixed = (low, high) if high > low else (0.0, 1.0)  # any, for what was always zero
         return FakeQuantize(self.bits, self.momentum, self.fixed_range or fixed, name=self.name)
 
     def strip_layer(self) -> None:
@@ -191,6 +196,37 @@ class FakeQuantize(keras.layers.Layer):
         }
 
 
+@keras.saving.register_keras_serializable("tfaccel")
+class Dequantize(keras.layers.Layer):
+    """Ends the integers: what reads its output is computed in float on the edge as well.
+
+    Without it the converter reaches past the last rounded value: it makes integers of the layers
+    behind it, rounds weights that were not trained for that, and clips what it joins to the range
+    of one input. An operation that it has no integers for, and that it does not simplify away,
+    stops it. The output equals the input within the last digit of a float.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "autocast": False})
+        self.supports_masking = True
+        self.built = True
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """Returns `inputs`; any shape, any float type."""
+        return inputs if training else -(inputs * _BARELY_BEYOND_MINUS_ONE)
+
+    def strip_layer(self) -> None:
+        """Says that nothing stands in its place in a plain model."""
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Returns the input's shape."""
+        return input_shape
+
+    def compute_output_spec(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002
+        """Returns the input's shape and type."""
+        return keras.KerasTensor(inputs.shape, inputs.dtype)
+
+
 def freeze_ranges(model: keras.Model) -> keras.Model:
     """Returns a quantization-aware model whose ranges no longer move.
 
@@ -204,6 +240,11 @@ def freeze_ranges(model: keras.Model) -> keras.Model:
                 graph.replace_layer(layer, layer.frozen())
 
     return map_models(model, edit)
+
+
+def _never_empty(low: Any, high: Any) -> tuple[Any, Any]:
+    """Returns the range, or (0, 1) for an empty one: what was always zero is exact on any grid."""
+    return low, keras.ops.where(high > low, high, low + 1.0)
 
 
 def _fake_quantize(values: Any, low: Any, high: Any, bits: int) -> Any:

@@ -3,62 +3,33 @@
 TFLite computes convolution, batch norm and ReLU in one integer operator, so a value is rounded
 once, behind the last of them. A sum is rounded behind its ReLU. Pooling, reshaping and the like
 hand the integers on as they are. The inputs of a concatenation take its range, so they get none of
-their own.
+their own. What is not covered is fenced off, so that the converter leaves it in float.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import keras
-from keras import layers
 
-from tfaccel.core.cloning import clone_built
 from tfaccel.core.graph import Graph, Node, Tensor
 from tfaccel.core.transforms import TransformedLayer, wrap_layer
-from tfaccel.quantization.fake_quantization import FakeQuantize, FakeQuantizeWeights
-from tfaccel.quantization.schemes import Scheme
-
-# Layers with a kernel, and the axes of the kernel that are output channels.
-_KERNEL_AXES: dict[type, tuple[int, ...]] = {
-    layers.Conv1D: (-1,),
-    layers.Conv2D: (-1,),
-    layers.DepthwiseConv1D: (-2, -1),
-    layers.DepthwiseConv2D: (-2, -1),
-    layers.Conv2DTranspose: (-2,),
-    layers.Dense: (-1,),
-}
-_PASSING = (
-    layers.AveragePooling1D,
-    layers.AveragePooling2D,
-    layers.Cropping1D,
-    layers.Cropping2D,
-    layers.Dropout,
-    layers.Flatten,
-    layers.GlobalMaxPooling1D,
-    layers.GlobalMaxPooling2D,
-    layers.Identity,
-    layers.MaxPooling1D,
-    layers.MaxPooling2D,
-    layers.Permute,
-    layers.Reshape,
-    layers.SpatialDropout1D,
-    layers.SpatialDropout2D,
-    layers.UpSampling2D,
-    layers.ZeroPadding1D,
-    layers.ZeroPadding2D,
+from tfaccel.quantization.equivalents import Rewriter
+from tfaccel.quantization.fake_quantization import Dequantize, FakeQuantize, FakeQuantizeWeights
+from tfaccel.quantization.operators import (
+    FIXED_RANGES,
+    KERNEL_AXES,
+    activation_name,
+    activation_of,
+    folds_into,
+    inner_layer,
+    is_batch_norm,
+    is_concatenation,
+    is_relu,
+    is_sum,
+    kind_of,
+    passes,
 )
-_PASSING_OPERATIONS = ("ExpandDims", "GetItem", "Reshape", "Split", "Squeeze", "Transpose")
-_SUMS = (layers.Add, layers.Multiply)
-_SUM_OPERATIONS = ("Add", "Multiply")
-_MEANS = (layers.GlobalAveragePooling1D, layers.GlobalAveragePooling2D)
-_RELUS = ("relu", "relu6")
-# The runtime prescribes the output range of these.
-_FIXED_RANGES = {
-    "sigmoid": (0.0, 255 / 256),
-    "softmax": (0.0, 255 / 256),
-    "tanh": (-1.0, 127 / 128),
-}
+from tfaccel.quantization.schemes import Scheme
 
 QUANTIZED, FOLLOWS, FLOAT = "quantized", "follows", "float"
 
@@ -98,22 +69,28 @@ class Placer:
         self._outermost = outermost
         self._integer: set[int] = set()  # tensors that are on a grid
         self._absorbed: dict[int, str] = {}  # nodes that are parts of another's operator
+        self._float: list[Node] = []  # nodes that are computed in float
         self._names = {node.name for node in graph.nodes}
         self.decisions: list[Decision] = []
 
     def place(self) -> list[Decision]:
         """Edits the graph; returns what was decided for each call."""
-        self._split_separable()
-        self._split_activations()
+        rewriter = Rewriter(self._graph, set(self._skipped), self._free_name)
+        rewriter.rewrite()
         kernels: dict[int, keras.layers.Layer] = {}
         for node in list(self._graph.nodes):
             action, reason = self._place_node(node)
+            if action == FLOAT:
+                self._float.append(node)
             if not node.is_input and not node.is_model:
                 self.decisions.append(Decision(node.name, action, reason))
-            if action == QUANTIZED and type(inner_layer(node)) in _KERNEL_AXES:
+            if action == QUANTIZED and type(inner_layer(node)) in KERNEL_AXES:
                 kernels[id(node.layer)] = node.layer
+        for node in self._float:
+            self._fence(node)
         for layer in kernels.values():
-            self._quantize_kernel(layer)
+            if id(layer) not in rewriter.exact:
+                self._quantize_kernel(layer)
         return self.decisions
 
     def _place_node(self, node: Node) -> tuple[str, str]:
@@ -123,14 +100,21 @@ class Placer:
             if not self._outermost:
                 self._mark(*node.outputs)
             return FOLLOWS, "input"
+        if node.is_model:
+            for tensor in node.inputs:
+                self._need(tensor)
+            given = zip(node.outputs, _gives_integers(node.operation), strict=True)
+            self._mark(*(tensor for tensor, on_grid in given if on_grid))
+            return FOLLOWS, "a model of its own"
         refusal = self._refusal(node)
         if refusal:
             return FLOAT, refusal
-        if node.is_model or _passes(node):
-            for tensor in node.inputs:
-                self._need(tensor)
-            self._mark(*node.outputs)
-            return FOLLOWS, "hands integers on"
+        if passes(node):
+            if any(map(self._is_integer, node.inputs)):
+                for tensor in node.inputs:
+                    self._need(tensor)
+                self._mark(*node.outputs)
+            return FOLLOWS, "hands on what it gets"
         return self._quantize_output(node)
 
     def _refusal(self, node: Node) -> str:
@@ -138,31 +122,47 @@ class Placer:
         layer = inner_layer(node)
         if id(layer) in self._skipped:
             return self._skipped[id(layer)]
-        if node.is_model or _passes(node) or _is_concatenation(node) or _kind(node):
+        before = self._graph.producer(node.inputs[0]) if node.inputs else None
+        if before in self._float and (is_relu(node) or folds_into(self._graph, node, before)):
+            return f"computed in one with {before.name!r}, which stays in float"
+        if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
+            return "has weights that Keras has quantized or adapted (LoRA)"
+        if passes(node) or is_concatenation(node) or kind_of(node):
             return ""
-        if isinstance(layer, layers.BatchNormalization):
-            return "batch normalization that cannot be folded into a layer before it"
-        return f"{type(node.operation if layer is None else layer).__name__} is not covered yet"
+        return _why_uncovered(node)
 
     def _quantize_output(self, node: Node) -> tuple[str, str]:
-        if not _is_concatenation(node):  # the inputs of a concatenation take its range
+        if not is_concatenation(node):  # the inputs of a concatenation take its range
             for tensor in node.inputs:
                 self._need(tensor)
         last = self._operator_end(node)
         output = last.outputs[0]
-        readers = self._graph.consumers(output)
-        if readers and all(map(_is_concatenation, readers)) and not self._graph.is_output(output):
+        if self._takes_range_of_reader(node, output):
             return QUANTIZED, "takes the range of the concatenation that reads it"
-        self._quantize(output, _FIXED_RANGES.get(_activation_of(node)))
-        return QUANTIZED, _kind(node) or "concatenation"
+        self._quantize(output, FIXED_RANGES.get(activation_of(node)))
+        return QUANTIZED, kind_of(node) or "concatenation"
+
+    def _takes_range_of_reader(self, node: Node, output: Tensor) -> bool:
+        """Whether the converter makes an operator write to the range of the next, a concatenation.
+
+        It does so for a value that is read once, and drops the value's own range if it has one. An
+        operator that cannot choose its range is followed by another that converts.
+        """
+        if is_concatenation(node) or activation_of(node) in FIXED_RANGES:
+            return False
+        readers = self._graph.consumers(output)
+        if len(readers) != 1 or self._graph.is_output(output):
+            return False
+        return is_concatenation(readers[0]) and id(readers[0].layer) not in self._skipped
 
     def _operator_end(self, node: Node) -> Node:
         """Returns the last call that the runtime computes in one operator with `node`."""
         last = node
-        if type(inner_layer(node)) in _KERNEL_AXES:
-            last = self._absorb(node, last, _is_batch_norm, "folded into")
-        if _kind(node) in ("kernel", "sum") and not _has_relu(node):
-            last = self._absorb(node, last, _is_relu, "computed in one with")
+        if kind_of(node) == "kernel":
+            last = self._absorb(node, last, is_batch_norm, "folded into")
+        plain = activation_name(inner_layer(node)) in ("", "linear")
+        if kind_of(node) in ("kernel", "sum") and plain:
+            last = self._absorb(node, last, is_relu, "computed in one with")
         return last
 
     def _absorb(self, node: Node, last: Node, fits: Callable[[Node], bool], how: str) -> Node:
@@ -170,19 +170,32 @@ class Placer:
         readers = graph.consumers(last.outputs[0])
         if len(readers) != 1 or graph.is_output(last.outputs[0]) or not fits(readers[0]):
             return last
-        if _is_batch_norm(readers[0]):
-            shared = max(len(graph.calls(n.operation)) for n in (node, readers[0])) > 1
-            if shared or _has_activation(node) or id(inner_layer(readers[0])) in self._skipped:
-                return last
+        if id(inner_layer(readers[0])) in self._skipped:
+            return last
+        if is_batch_norm(readers[0]) and not folds_into(graph, readers[0], node):
+            return last
         self._absorbed[id(readers[0])] = f"{how} {node.name}"
         return readers[0]
 
+    def _is_integer(self, tensor: Tensor) -> bool:
+        if id(tensor) in self._integer:
+            return True
+        producer = self._graph.producer(tensor)
+        return self._hands_on(producer) and any(map(self._is_integer, producer.inputs))
+
+    def _hands_on(self, node: Node) -> bool:
+        return (
+            not (node.is_input or node.is_model)
+            and passes(node)
+            and id(inner_layer(node)) not in self._skipped
+        )
+
     def _need(self, tensor: Tensor) -> None:
         """Makes sure that a value is on a grid before an integer operator reads it."""
-        if id(tensor) in self._integer or not tensor.dtype.startswith(("float", "bfloat")):
+        if id(tensor) in self._integer or not _is_float(tensor):
             return
         producer = self._graph.producer(tensor)
-        if _passes(producer) and id(inner_layer(producer)) not in self._skipped:
+        if self._hands_on(producer):
             for before in producer.inputs:
                 self._need(before)
             self._mark(*producer.outputs)
@@ -198,6 +211,13 @@ class Placer:
         )
         self._mark(tensor, self._graph.insert_after(tensor, layer))
 
+    def _fence(self, node: Node) -> None:
+        """Ends the integers before a call that is computed in float."""
+        for tensor in dict.fromkeys(node.inputs):
+            if _is_float(tensor) and self._is_integer(tensor):
+                layer = Dequantize(name=self._free_name(f"{node.name}_dequantize"))
+                self._graph.insert_before(node, tensor, layer)
+
     def _mark(self, *tensors: Tensor) -> None:
         self._integer.update(map(id, tensors))
 
@@ -211,138 +231,41 @@ class Placer:
 
     def _quantize_kernel(self, layer: keras.layers.Layer) -> None:
         inner = layer.layer if isinstance(layer, TransformedLayer) else layer
-        transform = FakeQuantizeWeights(_KERNEL_AXES[type(inner)], self._scheme.weight_bits)
+        transform = FakeQuantizeWeights(KERNEL_AXES[type(inner)], self._scheme.weight_bits)
         self._graph.replace_layer(layer, wrap_layer(layer, {"kernel": transform}))
 
-    def _split_activations(self) -> None:
-        """Takes built-in activations that the runtime computes apart out of their layers."""
-        for layer in self._graph.layers():
-            inner: Any = layer.layer if isinstance(layer, TransformedLayer) else layer
-            name = _activation_name(inner)
-            apart = type(inner) in _KERNEL_AXES and name not in ("linear", *_RELUS)
-            if not apart or id(inner) in self._skipped:
-                continue
-            plain = clone_built(inner)
-            plain.activation = keras.activations.linear
-            new = plain if layer is inner else wrap_layer(layer, {}, inner=plain)
-            self._graph.replace_layer(layer, new)
-            for number, node in enumerate(self._graph.calls(new)):
-                suffix = f"_{number}" if number else ""
-                activation = layers.Activation(
-                    inner.activation,
-                    dtype=inner.dtype_policy,
-                    name=self._free_name(f"{inner.name}_activation{suffix}"),
-                )
-                self._graph.insert_after(node.outputs[0], activation)
 
-    def _split_separable(self) -> None:
-        """Makes two layers of a separable convolution: the runtime has two operators for it."""
-        for layer in self._graph.layers():
-            if type(layer) is not layers.SeparableConv2D or id(layer) in self._skipped:
-                continue
-            depthwise, pointwise = _halves_of(layer, self._free_name(f"{layer.name}_depthwise"))
-            self._graph.replace_layer(layer, pointwise)
-            for node in self._graph.calls(pointwise):
-                self._graph.insert_before(node, node.inputs[0], depthwise)
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.dtype.startswith(("float", "bfloat"))
 
 
-def inner_layer(node: Node) -> keras.layers.Layer | None:
-    """Returns the layer that a node calls, the inner one if it is transformed already."""
-    return node.layer.layer if isinstance(node.layer, TransformedLayer) else node.layer
+def _gives_integers(model: keras.Model) -> list[bool]:
+    """Says for each output of a nested model, placed already, whether it is on a grid."""
+    graph = Graph.read(model)
+
+    def on_grid(tensor: Tensor) -> bool:
+        node = graph.producer(tensor)
+        if node.is_model:
+            places = [output is tensor for output in node.outputs]
+            return _gives_integers(node.operation)[places.index(True)]
+        if node.is_input or isinstance(node.layer, FakeQuantize):
+            return True
+        return passes(node) and any(map(on_grid, node.inputs))
+
+    return [on_grid(tensor) for tensor in graph.outputs]
 
 
-def _kind(node: Node) -> str:
-    """Says what an operator with a range of its own is; empty for others."""
+def _why_uncovered(node: Node) -> str:
     layer = inner_layer(node)
-    if type(layer) in _KERNEL_AXES:
-        return "kernel"
-    if isinstance(layer, _SUMS) or _is_operation(node, _SUM_OPERATIONS):
-        return "sum"
-    if isinstance(layer, _MEANS):
-        return "mean"
-    return "activation" if _is_relu(node) or _activation_of(node) in _FIXED_RANGES else ""
-
-
-def _is_operation(node: Node, names: tuple[str, ...]) -> bool:
-    return node.layer is None and type(node.operation).__name__ in names
-
-
-def _passes(node: Node) -> bool:
-    layer = inner_layer(node)
-    if isinstance(layer, layers.UpSampling2D):
-        return bool(layer.interpolation == "nearest")
-    if isinstance(layer, layers.Activation):
-        return _activation_name(layer) == "linear"
-    return isinstance(layer, _PASSING) or _is_operation(node, _PASSING_OPERATIONS)
-
-
-def _is_concatenation(node: Node) -> bool:
-    return isinstance(node.layer, layers.Concatenate) or _is_operation(node, ("Concatenate",))
-
-
-def _is_batch_norm(node: Node) -> bool:
-    layer: Any = node.layer
-    if type(layer) is not layers.BatchNormalization:
-        return False
-    return bool(layer.axis in (-1, len(node.outputs[0].shape) - 1))
-
-
-def _is_relu(node: Node) -> bool:
-    layer: Any = node.layer
-    if isinstance(layer, layers.ReLU):
-        return not layer.negative_slope and not layer.threshold and layer.max_value in (None, 6)
-    if isinstance(layer, layers.Activation):
-        return _activation_name(layer) in _RELUS
-    return _is_operation(node, ("Relu", "Relu6"))
-
-
-def _activation_of(node: Node) -> str:
-    layer: Any = node.layer
-    if isinstance(layer, layers.Softmax):
-        return "softmax" if layer.axis in (-1, len(node.outputs[0].shape) - 1) else ""
-    return _activation_name(layer) if isinstance(layer, layers.Activation) else ""
-
-
-def _activation_name(layer: Any) -> str:
-    return str(getattr(getattr(layer, "activation", None), "__name__", ""))
-
-
-def _has_activation(node: Node) -> bool:
-    return _activation_name(inner_layer(node)) not in ("linear", "")
-
-
-def _has_relu(node: Node) -> bool:
-    return _kind(node) == "kernel" and _has_activation(node)
-
-
-def _halves_of(layer: Any, depthwise_name: str) -> tuple[Any, Any]:
-    """Returns a depthwise and a 1x1 convolution that together are the separable one, built."""
-    config = layer.get_config()
-    common = {"dtype": layer.dtype_policy, "data_format": layer.data_format}
-    depthwise = layers.DepthwiseConv2D(
-        layer.kernel_size,
-        strides=layer.strides,
-        padding=layer.padding,
-        depth_multiplier=layer.depth_multiplier,
-        dilation_rate=layer.dilation_rate,
-        use_bias=False,
-        name=depthwise_name,
-        **common,
-    )
-    pointwise = layers.Conv2D(
-        layer.filters,
-        1,
-        activation=layer.activation,
-        use_bias=layer.use_bias,
-        kernel_regularizer=config["pointwise_regularizer"],
-        name=layer.name,
-        **common,
-    )
-    kernels = layer.depthwise_kernel, layer.pointwise_kernel
-    depthwise.build((None, None, None, kernels[0].shape[-2]))
-    pointwise.build((None, None, None, kernels[1].shape[-2]))
-    depthwise.set_weights([keras.ops.convert_to_numpy(kernels[0])])
-    bias = [layer.bias] if layer.use_bias else []
-    pointwise.set_weights([keras.ops.convert_to_numpy(v) for v in (kernels[1], *bias)])
-    depthwise.trainable = pointwise.trainable = layer.trainable
-    return depthwise, pointwise
+    name = type(node.operation if layer is None else layer).__name__
+    if isinstance(layer, keras.layers.BatchNormalization):
+        return "batch normalization that cannot be folded or made a convolution"
+    if is_sum(node):
+        return f"{name} of an array of constants or of more than two values is not covered yet"
+    if isinstance(layer, keras.layers.Activation):
+        return f"activation {getattr(layer.activation, '__name__', name)} is not covered yet"
+    if isinstance(node.layer, TransformedLayer) and name.startswith("Separable"):
+        return f"{name} that is pruned already; prune after quantize_aware()"
+    covered = (keras.layers.ReLU, keras.layers.Softmax, keras.layers.UpSampling2D)
+    with_arguments = " with these arguments" if isinstance(layer, covered) else ""
+    return f"{name}{with_arguments} is not covered yet"

@@ -6,7 +6,7 @@ from tfaccel.core.checks import check_model
 from tfaccel.core.graph import Graph, flat_layers, map_models
 from tfaccel.core.selection import Selector, select_layers
 from tfaccel.quantization.fake_quantization import FakeQuantize
-from tfaccel.quantization.placement import FLOAT, Decision, Placer
+from tfaccel.quantization.placement import QUANTIZED, Decision, Placer
 from tfaccel.quantization.schemes import INT8, SCHEMES, Scheme
 
 
@@ -58,7 +58,7 @@ def quantize_aware(
             "that it was made from."
         )
     rewritten, decisions = _place(model, chosen, include, exclude)
-    if all(decision.action == FLOAT for decision in decisions):
+    if all(decision.action != QUANTIZED for decision in decisions):
         reasons = "; ".join(f"{d.name}: {d.reason}" for d in decisions)
         raise ValueError(
             f"quantize_aware() found nothing to quantize in {model.name!r} "
