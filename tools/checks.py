@@ -22,7 +22,7 @@ QUIET_CHECKS = {
     "import-linter": ["lint-imports"],
 }
 # Two processes: more would only share the cores that TensorFlow's threads are on already.
-WHOLE_SUITE = ["--numprocesses=2", "--dist=loadgroup", "--cov", "--cov-report=term:skip-covered"]
+WHOLE_SUITE = ["--numprocesses=2", "--dist=loadgroup"]
 JAX_TESTS = "tests/core/test_jax_backend.py"
 
 
