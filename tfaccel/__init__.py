@@ -28,6 +28,7 @@ _ROOMS = (
 _FUNCTIONS = {
     "diff": "tfaccel.reporting",
     "inspect": "tfaccel.reporting",
+    "load_model": "tfaccel.core",
     "measure": "tfaccel.measurement",
     "strip": "tfaccel.core",
 }
@@ -41,6 +42,7 @@ __all__ = [
     "distributed",
     "export",
     "inspect",
+    "load_model",
     "measure",
     "measurement",
     "pruning",

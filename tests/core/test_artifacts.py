@@ -118,6 +118,25 @@ def test_unknown_class_is_named(tmp_path):
         load_model(tmp_path / "m.keras")
 
 
+def test_front_door_loads_what_was_saved_in_mid_training(tmp_path):
+    model = prune(sequential())
+    model.compile("sgd", "mse")
+    save_model(model, tmp_path / "m.keras")
+    script = """
+        import sys
+        import tfaccel
+        model = tfaccel.load_model(sys.argv[1], compile=True)
+        print(type(model.optimizer).__name__)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "m.keras")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "SGD"
+
+
 def test_rooms_are_imported_for_the_classes_in_a_file(tmp_path):
     save_model(prune(sequential()), tmp_path / "m.keras")
     script = """

@@ -1,5 +1,6 @@
 """What everything stands on: weight transforms, model graphs, schedules, checks, artifacts."""
 
+from tfaccel.core.artifacts import load_model
 from tfaccel.core.graph import Graph, Node, Tensor, map_models
 from tfaccel.core.matching import match, optional
 from tfaccel.core.selection import Choice, Selector, select_layers
@@ -20,6 +21,7 @@ __all__ = [
     "TransformedLayer",
     "WeightTransform",
     "bake_weights",
+    "load_model",
     "map_models",
     "match",
     "optional",

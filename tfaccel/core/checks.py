@@ -24,7 +24,7 @@ def check_model(model: Any, verb: str) -> None:
         if kind.__module__.partition(".")[0] == "tf_keras":
             advice = f"A {kind.__name__} of tf_keras is Keras 2; make the model with Keras 3."
         elif isinstance(model, (str, os.PathLike)):
-            advice = "Load a file first with keras.saving.load_model(path)."
+            advice = "Load a file first with tfaccel.load_model(path)."
         else:
             advice = "Make one with keras.Model(inputs, outputs) or keras.Sequential(layers)."
         raise TypeError(f"{verb}() needs a keras.Model, but got {kind.__name__}. {advice}")

@@ -123,7 +123,7 @@ class Distiller(keras.distillation.Distiller):
         if self.teacher is None and self.student_loss_weight < 1:
             raise ValueError(
                 f"{self.name!r} was loaded from a file, which holds no teacher. Set it before "
-                "training on: distiller.teacher = keras.saving.load_model('teacher.keras')."
+                "training on: distiller.teacher = tfaccel.load_model('teacher.keras')."
             )
         return super().make_train_function(force)
 

@@ -102,7 +102,27 @@ class PruningMask(WeightTransform):
                 f"schedule's first step ({self.schedule!r}), or prune at once with "
                 "tfaccel.pruning.update_masks(model, step)."
             )
+        self._warn_if_unfinished()
         return self._masked(weight)
+
+    def _warn_if_unfinished(self) -> None:
+        turn, reached = self.last_step, float(self.schedule(self.last_step)[1])
+        wanted = reached
+        # A schedule without an end has no turn that it still owes.
+        while isinstance(self.schedule, schedules.PolynomialDecay):
+            following = schedules.next_due(self.schedule, turn)
+            if following is None:
+                break
+            turn, wanted = following, float(self.schedule(following)[1])
+        if wanted > reached:
+            name = self.state["step"].path.split("/")[0]
+            warnings.warn(
+                f"Layer {name!r} was pruned to {reached:.1%} at step {self.last_step} of a "
+                f"schedule that goes to {wanted:.1%} at step {turn}: training ended early, went on "
+                "without UpdatePruning, or an older state was restored. Train on with "
+                "fit(callbacks=[tfaccel.pruning.UpdatePruning()]) to reach it.",
+                stacklevel=2,
+            )
 
     @property
     def last_step(self) -> int:

@@ -18,6 +18,7 @@ from tfaccel.core.transforms import TransformedLayer, wrap_layer
 from tfaccel.quantization.operators import (
     KERNEL_AXES,
     RELUS,
+    TRANSPOSED,
     activation_name,
     activation_of,
     folds_into,
@@ -30,6 +31,11 @@ _HALVES: dict[type, tuple[type, type]] = {
     layers.SeparableConv2D: (layers.DepthwiseConv2D, layers.Conv2D),
 }
 _DEPTHWISE: dict[int, type] = {3: layers.DepthwiseConv1D, 4: layers.DepthwiseConv2D}  # by rank
+
+
+def _fused_with(layer: keras.layers.Layer) -> tuple[str, ...]:
+    """Returns the built-in activations that the runtime computes in one operator with a layer."""
+    return ("linear",) if isinstance(layer, TRANSPOSED) else ("linear", *RELUS)
 
 
 class Rewriter:
@@ -58,7 +64,7 @@ class Rewriter:
                 continue
             if type(layer) in _HALVES:
                 self._split_separable(layer)
-            elif type(inner) in KERNEL_AXES and activation_name(inner) not in ("linear", *RELUS):
+            elif type(inner) in KERNEL_AXES and activation_name(inner) not in _fused_with(inner):
                 self._split_activation(layer, inner)
         for node in list(self._graph.nodes):
             if id(inner_layer(node)) in self._skipped:

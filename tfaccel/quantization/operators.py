@@ -20,6 +20,9 @@ KERNEL_AXES: dict[type, tuple[int, ...]] = {
     layers.Dense: (-1,),
 }
 RELUS = ("relu", "relu6")
+# The converter computes ReLU apart from these where no bias stands between, and leaves both in
+# float if the value between has no range; batch norm may fold to no bias as well.
+TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose)
 # The runtime prescribes the output range of these.
 FIXED_RANGES = {
     "sigmoid": (0.0, 255 / 256),

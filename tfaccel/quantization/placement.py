@@ -18,6 +18,7 @@ from tfaccel.quantization.fake_quantization import Dequantize, FakeQuantize, Fak
 from tfaccel.quantization.operators import (
     FIXED_RANGES,
     KERNEL_AXES,
+    TRANSPOSED,
     activation_name,
     activation_of,
     folds_into,
@@ -160,7 +161,8 @@ class Placer:
         last = node
         if kind_of(node) == "kernel":
             last = self._absorb(node, last, is_batch_norm, "folded into")
-        plain = activation_name(inner_layer(node)) in ("", "linear")
+        layer = inner_layer(node)
+        plain = activation_name(layer) in ("", "linear") and not isinstance(layer, TRANSPOSED)
         if kind_of(node) in ("kernel", "sum") and plain:
             last = self._absorb(node, last, is_relu, "computed in one with")
         return last
