@@ -1,9 +1,16 @@
-"""Random Functional models for property tests: branches, sums, shared layers, nested models."""
+"""Random Functional models for property tests.
+
+Branches, sums, calls with several tensors and options, functional operations, layers and nested
+models that are shared at any depth, frozen parts, and inputs and outputs in structures.
+"""
 
 import random
 
 import keras
+import numpy as np
 from keras import layers
+
+from tfaccel.core import keras_private
 
 _SHAPE = (6, 6)
 
@@ -15,6 +22,7 @@ class _Maker:
         self.random = random.Random(seed)
         self.pool: list = []
         self.shared: list = []
+        self.models: list = []
 
     def pick(self):
         return self.random.choice(self.pool[-4:])
@@ -34,6 +42,9 @@ class _Maker:
             self._arithmetic,
             self._gate,
             self._split,
+            self._attention,
+            self._dropout,
+            self._model_again,
         )
         self.pool.append(self.random.choice(makers)())
 
@@ -87,16 +98,37 @@ class _Maker:
         x = self.pick()
         inputs = keras.Input((*_SHAPE, x.shape[-1]))
         y = layers.Conv2D(3, 3, padding="same")(inputs)
-        if self.random.random() < 0.5:
+        kind = self.random.choice(["functional", "sequential", "twice"])
+        if kind == "functional":
             inner = keras.Model(inputs, layers.BatchNormalization()(y) * 2.0)
-        else:
+        elif kind == "sequential":
             inner = keras.Sequential(
                 [keras.Input((*_SHAPE, x.shape[-1])), layers.Conv2D(2, 1), layers.ReLU()]
             )
-        y = inner(x)
-        if self.random.random() < 0.3 and y.shape[-1] == x.shape[-1]:
-            y = inner(y)
-        return y
+        else:
+            middle_in = keras.Input((*_SHAPE, 3))
+            # Not called from outside too: Keras cannot load a model that several models share.
+            middle = keras.Model(middle_in, layers.Conv2D(3, 1)(layers.ReLU()(middle_in)))
+            inner = keras.Model(inputs, middle(middle(y)))
+        self.models.append(inner)
+        return inner(x)
+
+    def _model_again(self):
+        for model in self.random.sample(self.models, len(self.models)):
+            fitting = [x for x in self.pool if x.shape[-1] == model.input_shape[-1]]
+            if fitting:
+                return model(self.random.choice(fitting))
+        return layers.Identity()(self.pick())
+
+    def _attention(self):
+        x = self.pick()
+        y = layers.Reshape((_SHAPE[0] * _SHAPE[1], x.shape[-1]))(x)
+        attention = layers.MultiHeadAttention(1, 2, dropout=self.random.choice([0.0, 0.3]))
+        y = attention(y, value=y, use_causal_mask=self.random.random() < 0.5)
+        return layers.Reshape((*_SHAPE, x.shape[-1]))(y)
+
+    def _dropout(self):
+        return layers.Dropout(0.4)(self.pick())
 
     def _slices(self):
         x = self.pick()
@@ -120,7 +152,7 @@ class _Maker:
 
 
 def random_model(seed: int, size: int | None = None) -> keras.Model:
-    """A model that `seed` decides: one or two inputs, one to three outputs, in a list or a dict.
+    """A model that `seed` decides: one or two inputs, up to four outputs, in any structure.
 
     Args:
         seed: decides everything, the weights too.
@@ -138,18 +170,31 @@ def random_model(seed: int, size: int | None = None) -> keras.Model:
     # Every input must lead somewhere.
     outputs = [maker.pool[-1], *[layers.GlobalMaxPooling2D()(tensor) for tensor in inputs]]
     if maker.random.random() < 0.5:
-        outputs.append(maker.random.choice(maker.pool))
-    form = maker.random.choice(["list", "dict"])
-    packed = outputs if form == "list" else {f"out_{i}": t for i, t in enumerate(outputs)}
-    model = keras.Model(inputs if len(inputs) > 1 else inputs[0], packed)
+        outputs.append(maker.random.choice(maker.pool))  # given out already, an input, or inside
+    model = keras.Model(_pack_inputs(inputs, maker.random), _pack_outputs(outputs, maker.random))
     _unsettle(model, seed)
+    for layer in model.layers:
+        layer.trainable = maker.random.random() < 0.8
     return model
+
+
+def _pack_inputs(inputs: list, choice: random.Random):
+    if choice.random() < 0.3:
+        return {tensor.name: tensor for tensor in inputs}
+    return inputs if len(inputs) > 1 else inputs[0]
+
+
+def _pack_outputs(outputs: list, choice: random.Random):
+    form = choice.choice(["list", "dict", "nested"])
+    if form == "list":
+        return outputs
+    if form == "dict":
+        return {f"out_{number}": tensor for number, tensor in enumerate(outputs)}
+    return {"main": outputs[0], "rest": list(outputs[1:])}
 
 
 def _unsettle(model: keras.Model, seed: int) -> None:
     """Gives batch norm and biases values that are not neutral."""
-    import numpy as np
-
     generator = np.random.default_rng(seed)
     for variable in model.variables:
         if variable.dtype == "float32":
@@ -159,12 +204,15 @@ def _unsettle(model: keras.Model, seed: int) -> None:
 
 
 def random_inputs(model: keras.Model, seed: int, batch: int = 2):
-    """Samples for a random model, in its structure."""
-    import numpy as np
-
+    """Samples for a model, in the structure of its inputs."""
     generator = np.random.default_rng(seed)
-    arrays = [
-        generator.normal(size=(batch, *tensor.shape[1:])).astype("float32")
-        for tensor in model.inputs
-    ]
-    return arrays if len(arrays) > 1 else arrays[0]
+
+    def sample(tensor):
+        shape = (batch, *tensor.shape[1:])
+        if tensor.dtype == "bool":
+            return generator.random(shape) < 0.6
+        if "int" in tensor.dtype:
+            return generator.integers(0, 5, shape).astype(tensor.dtype)
+        return generator.normal(size=shape).astype(tensor.dtype)
+
+    return keras.tree.map_structure(sample, keras_private.functional_of(model).input)

@@ -65,7 +65,7 @@ def test_model_round_trip_and_wrong_suffix(tmp_path):
         save_model(model, tmp_path / "m.h5")
 
 
-@pytest.mark.parametrize("share", [0.01, 0.3, 0.7, 0.97, 0.9999])
+@pytest.mark.parametrize("share", [0.0001, 0.01, 0.3, 0.7, 0.97, 0.9999])
 def test_cut_off_keras_file_is_one_clear_error(share, tmp_path):
     whole, cut = tmp_path / "whole.keras", tmp_path / "cut.keras"
     save_model(sequential(), whole)
@@ -103,6 +103,52 @@ def test_files_of_other_kinds_are_refused(tmp_path):
     for name, (error, message) in cases.items():
         with pytest.raises(error, match=message):
             load_model(tmp_path / name)
+
+
+def repacked(path, changes):
+    """The file at `path` with members replaced, or left out where the change is None."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()} | changes
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            if content is not None:
+                archive.writestr(name, content)
+    return path
+
+
+CONFIG, WEIGHTS = "config.json", "model.weights.h5"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {CONFIG: None},
+        {CONFIG: b"garbage"},
+        {CONFIG: b"[]"},
+        {CONFIG: b"{}"},
+        {CONFIG: b"\xff\xfe"},
+        {CONFIG: b'{"a":' * 5000 + b"1" + b"}" * 5000},
+        {CONFIG: b'{"module": "tfaccel.from_a_later_version", "class_name": "X", "config": {}}'},
+        {WEIGHTS: None},
+        {WEIGHTS: b""},
+        {WEIGHTS: b"x" * 500},
+    ],
+    ids=str,
+)
+def test_whole_archive_with_wrong_content_is_one_clear_error(changes, tmp_path):
+    path = repacked(save_model(sequential(), tmp_path / "m.keras"), changes)
+    with pytest.raises(ValueError, match=r"m\.keras"):
+        load_model(path)
+
+
+def test_what_is_no_model_is_neither_saved_nor_loaded(tmp_path):
+    path = save_model(sequential(), tmp_path / "m.keras")
+    layer = json.dumps(keras.saving.serialize_keras_object(keras.layers.ReLU()))
+    with pytest.raises(ValueError, match=r"The content must be Model, but got <ReLU"):
+        load_model(repacked(path, {CONFIG: layer}))
+    with pytest.raises(TypeError, match="model must be Model, but got None"):
+        save_model(None, tmp_path / "new" / "m.keras")
+    assert not (tmp_path / "new").exists()
 
 
 def test_unknown_class_is_named(tmp_path):

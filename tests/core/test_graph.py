@@ -7,26 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
 
+from tests.comparing import assert_same_outputs, fingerprint, flat_outputs, operation_names
+from tests.core.call_forms import FORMS
 from tests.random_models import random_inputs, random_model
 from tfaccel.core import keras_private
 from tfaccel.core.graph import Graph, flat_layers, map_models
-from tfaccel.core.matching import match, optional
 
 seeds = st.integers(0, 2**20)
-
-
-def flat_outputs(model, x, training=False):
-    return [np.asarray(y) for y in keras.tree.flatten(model(x, training=training))]
-
-
-def assert_same_outputs(model, other, x):
-    for ours, theirs in zip(flat_outputs(model, x), flat_outputs(other, x), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def operation_names(model):
-    functional = keras_private.functional_of(model)
-    return [operation.name for operation in functional.operations]
 
 
 # For all models
@@ -35,17 +22,23 @@ def operation_names(model):
 @settings(max_examples=25)
 @given(seeds)
 def test_rebuilding_unedited_changes_nothing(seed):
-    model = random_model(seed)
-    calls = {x.name: len(x._inbound_nodes) for x in keras_private.sublayers(model)}
+    model, x = (made := random_model(seed)), random_inputs(made, seed)
+    before = fingerprint(model)
     rebuilt = Graph.read(model).build()
+    assert fingerprint(model) == before
     assert operation_names(rebuilt) == operation_names(model)
-    assert_same_outputs(rebuilt, model, random_inputs(model, seed))
+    assert rebuilt.name == model.name
+    assert [tensor.name for tensor in rebuilt.inputs] == [tensor.name for tensor in model.inputs]
     keras.tree.assert_same_structure(model.input, rebuilt.input)
     keras.tree.assert_same_structure(model.output, rebuilt.output)
-    assert [t.name for t in rebuilt.inputs] == [t.name for t in model.inputs]
-    assert {x.name: len(x._inbound_nodes) for x in keras_private.sublayers(model)} == calls
     ours = set(map(id, keras_private.sublayers(rebuilt)))
     assert not ours & set(map(id, keras_private.sublayers(model)))
+    for training in (False, True):  # dropout draws the same numbers, batch norm moves alike
+        assert_same_outputs(rebuilt, model, x, training)
+    after, ours = fingerprint(model), fingerprint(rebuilt)
+    assert ours["values"] == after["values"]
+    assert ours["trainable"] == before["trainable"]
+    assert ours["flags"] == before["flags"]
 
 
 @settings(max_examples=8)
@@ -54,7 +47,9 @@ def test_rebuilt_model_survives_save_and_load(tmp_path_factory, seed):
     model = random_model(seed)
     path = tmp_path_factory.mktemp("graph") / "model.keras"
     Graph.read(model).build().save(path)
-    assert_same_outputs(keras.saving.load_model(path), model, random_inputs(model, seed))
+    loaded = keras.saving.load_model(path)
+    assert operation_names(loaded) == operation_names(model)
+    assert_same_outputs(loaded, model, random_inputs(model, seed))
 
 
 @settings(max_examples=15)
@@ -96,117 +91,32 @@ def test_replacing_every_layer_by_a_copy_changes_no_output(seed):
 # Calls of every form
 
 
-def attention_model():
-    query, value = keras.Input((4, 3), name="query"), keras.Input((6, 3), name="value")
-    attention = layers.MultiHeadAttention(2, 2, name="attention")
-    y, scores = attention(query, value=value, return_attention_scores=True)
-    y = attention(y, value=value) + y
-    return keras.Model([query, value], [y, scores]), [(2, 4, 3), (2, 6, 3)]
-
-
-def recurrent_model():
-    sequence, state = keras.Input((5, 3), name="sequence"), keras.Input((4,), name="state")
-    y = layers.GRU(4, return_sequences=True, name="gru")(sequence, initial_state=state)
-    y = layers.Bidirectional(layers.LSTM(3), name="both")(y)
-    return keras.Model([sequence, state], y), [(2, 5, 3), (2, 4)]
-
-
-def masked_model():
-    tokens, mask = keras.Input((5, 3)), keras.Input((5,), dtype="bool")
-    y = layers.LSTM(4, name="lstm")(tokens, mask=mask)
-    return keras.Model([tokens, mask], y), [(2, 5, 3), (2, 5)]
-
-
-def operations_model():
-    x = keras.Input((4, 6))
-    parts = keras.ops.split(x, 3, axis=-1)
-    y = keras.ops.stack([parts[2], parts[0] * 2 - 1], axis=1)
-    y = keras.ops.einsum("bijk,bkl->bijl", y, keras.ops.transpose(parts[1], (0, 2, 1)))
-    y = keras.ops.where(y > 0, y, keras.ops.exp(y))[:, 0, ..., ::2]
-    return keras.Model(x, {"out": keras.ops.mean(y, axis=-1, keepdims=True)}), [(2, 4, 6)]
-
-
-def passing_model():
-    x = keras.Input((3,))
-    y = layers.Dense(3, name="d")(x)
-    return keras.Model(x, [x, y, y]), [(2, 3)]
-
-
-FORMS = [attention_model, recurrent_model, masked_model, operations_model, passing_model]
-
-
 @pytest.mark.parametrize("make", FORMS)
 def test_calls_of_every_form_are_rebuilt(make):
-    model, shapes = make()
-    random = np.random.default_rng(0)
-    x = [random.normal(size=shape).astype("float32") for shape in shapes]
-    x = [np.abs(a) > 0.1 if t.dtype == "bool" else a for a, t in zip(x, model.inputs, strict=True)]
+    model = make()
+    x = random_inputs(model, 0)
+    before = fingerprint(model)
     rebuilt = Graph.read(model).build()
+    assert fingerprint(model) == before
+    assert type(rebuilt) is type(model)
     assert operation_names(rebuilt) == operation_names(model)
-    assert_same_outputs(rebuilt, model, x if len(x) > 1 else x[0])
+    for training in (False, True, False):
+        assert_same_outputs(rebuilt, model, x, training)
 
 
-def test_training_argument_of_a_call_is_kept():
-    x = keras.Input((200,))
-    model = keras.Model(x, layers.Dropout(0.5, seed=1, name="always")(x, training=True))
-    rebuilt = Graph.read(model).build()
-    ones = np.ones((1, 200), "float32")
-    # The state of the seed is carried over, so that the next draw is the same.
-    np.testing.assert_array_equal(np.asarray(rebuilt(ones)), np.asarray(model(ones)))
-    assert (np.asarray(rebuilt(ones)) == 0).any()
+def test_inputs_that_are_sparse_or_optional_stay_so():
+    class Shift(layers.Layer):
+        def call(self, inputs, bias=None):
+            return inputs if bias is None else inputs + bias
 
-
-@keras.saving.register_keras_serializable("tfaccel_tests")
-class Block(layers.Layer):
-    """A user's layer without build(), with layers inside."""
-
-    def __init__(self, units, **kwargs):
-        super().__init__(**kwargs)
-        self.units = units
-        self.first, self.second = layers.Dense(units), layers.Dense(units)
-
-    def call(self, inputs):
-        return self.second(self.first(inputs))
-
-    def get_config(self):
-        return {**super().get_config(), "units": self.units}
-
-
-def test_custom_layer_with_frozen_parts():
-    x = keras.Input((3,))
-    block = Block(4, name="block")
-    model = keras.Model(x, block(x))
-    block.first.trainable = False
-    rebuilt = Graph.read(model).build()
-    assert_same_outputs(rebuilt, model, np.ones((2, 3), "float32"))
-    assert not rebuilt.get_layer("block").first.trainable
-    assert len(rebuilt.trainable_variables) == 2
-
-
-def test_layer_that_cannot_be_copied_is_one_clear_error():
-    class Secret(layers.Layer):
-        def __init__(self, function, **kwargs):
-            super().__init__(**kwargs)
-            self.function = function
-
-        def call(self, inputs):
-            return self.function(inputs)
-
-    x = keras.Input((3,))
-    model = keras.Model(x, Secret(lambda t: t, name="secret")(x))
-    with pytest.raises(ValueError, match=r"Secret 'secret' cannot be copied.*get_config\(\)"):
-        Graph.read(model).build()
-
-
-def test_policies_integer_inputs_and_frozen_layers_are_kept():
-    tokens = keras.Input((4,), dtype="int32", name="tokens")
-    y = layers.Embedding(7, 3, dtype="mixed_bfloat16", name="embedding")(tokens)
-    y = layers.Dense(2, dtype="mixed_float16", trainable=False, name="dense")(y)
-    rebuilt = Graph.read(keras.Model(tokens, y)).build()
-    assert rebuilt.inputs[0].dtype == "int32"
-    assert rebuilt.get_layer("embedding").compute_dtype == "bfloat16"
-    assert rebuilt.get_layer("dense").compute_dtype == "float16"
-    assert not rebuilt.get_layer("dense").trainable
+    x = keras.Input((3,), name="x")
+    bias = keras.Input((3,), optional=True, name="bias")
+    rebuilt = Graph.read(keras.Model([x, bias], Shift()(x, bias))).build()
+    assert [layer.optional for layer in rebuilt.layers[:2]] == [False, True]
+    ones = np.ones((2, 3), "float32")
+    np.testing.assert_array_equal(np.asarray(rebuilt([ones, None])), ones)
+    x = keras.Input((3,), sparse=True)
+    assert Graph.read(keras.Model(x, layers.Dense(2)(x))).build().inputs[0].sparse
 
 
 # Classes of models
@@ -228,35 +138,14 @@ def test_sequential_stays_sequential_while_a_chain():
     np.testing.assert_array_equal(flat_outputs(rebuilt, x)[0], expected)
 
 
-class Counting(keras.Model):
-    """A Functional model with a training step of its own."""
-
-    def train_step(self, data):
-        return {"answer": 42.0}
-
-
-class Odd(keras.Model):
-    """A Functional model that is made in another way."""
-
-    def __init__(self, units):
-        x = keras.Input((3,))
-        super().__init__(x, layers.Dense(units)(x))
-
-
-def test_class_of_a_functional_subclass_is_kept_or_refused():
-    x = keras.Input((3,))
-    assert type(Graph.read(Counting(x, layers.Dense(2)(x))).build()) is Counting
-    with pytest.raises(TypeError, match=r"is a Odd.*constructor does not take \(inputs, outputs"):
-        Graph.read(Odd(2)).build()
-
-
 def test_model_from_the_middle_of_another():
     x = keras.Input((3,))
     a = layers.Dense(4, name="a")(x)
     whole = keras.Model(x, layers.Dense(2, name="b")(a))
     tail = keras.Model(a, whole.output)
-    inputs = np.ones((2, 4), "float32")
-    assert_same_outputs(Graph.read(tail).build(), tail, inputs)
+    head = keras.Model(whole.input, [whole.get_layer("a").output, a * 2])
+    for part in (tail, head):
+        assert_same_outputs(Graph.read(part).build(), part, random_inputs(part, 0))
 
 
 def test_nested_model_that_is_shared_stays_shared():
@@ -281,6 +170,49 @@ def test_nested_model_that_is_shared_stays_shared():
     np.testing.assert_allclose(flat_outputs(doubled, [a, b])[0], f(a) + f(f(b)), rtol=1e-5)
 
 
+def models_that_share():
+    """A layer and a model that stand in several models at once."""
+    dense, inner_in = layers.Dense(4, name="dense"), keras.Input((4,))
+    inner = keras.Model(inner_in, layers.ReLU(name="relu")(dense(inner_in)), name="inner")
+    middle_in, x = keras.Input((4,)), keras.Input((4,))
+    middle = keras.Model(middle_in, inner(inner(middle_in)) + 1.0, name="middle")
+    return keras.Model(x, middle(dense(x)) + inner(x), name="outer")
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_several_models_share_stays_shared(mapped):
+    model = models_that_share()
+    rebuilt = map_models(model, lambda graph: None) if mapped else Graph.read(model).build()
+    assert_same_outputs(rebuilt, model, random_inputs(model, 0))
+    assert len(rebuilt.weights) == 2
+    inner = rebuilt.get_layer("inner")
+    assert rebuilt.get_layer("middle").get_layer("inner") is inner
+    assert rebuilt.get_layer("dense") is inner.get_layer("dense")
+
+
+def test_model_that_several_models_share_is_edited_once():
+    edited = []
+    model = models_that_share()
+
+    def halve(graph):
+        edited.append(graph.model.name)
+        for layer in graph.layers():
+            if layer.name == "relu":
+                after = graph.calls(layer)[0].outputs[0]
+                graph.insert_after(after, layers.Rescaling(0.5, name="half"))
+
+    rebuilt = map_models(model, halve)
+    assert edited == ["inner", "middle", "outer"]
+    x = random_inputs(model, 0)
+    kernel, bias = (np.asarray(v) for v in model.weights)
+
+    def inner(v):
+        return np.maximum(v @ kernel + bias, 0) / 2
+
+    expected = inner(inner(x @ kernel + bias)) + 1 + inner(x)
+    np.testing.assert_allclose(flat_outputs(rebuilt, x)[0], expected, rtol=1e-5)
+
+
 # Reading and edits
 
 
@@ -291,43 +223,6 @@ def small_graph():
     z = layers.Conv2D(4, 3, padding="same", name="conv_2")(y)
     z = layers.ReLU(name="relu_2")(z)
     return Graph.read(keras.Model(x, layers.Add(name="sum")([y, z]), name="small"))
-
-
-def names(chain):
-    return [node.name if node else None for node in chain]
-
-
-def test_match_finds_chains_with_optional_steps():
-    found = match(
-        small_graph(), [layers.Conv2D, optional(layers.BatchNormalization), optional(layers.ReLU)]
-    )
-    assert [names(c) for c in found] == [
-        ["conv_1", "norm_1", "relu_1"],
-        ["conv_2", None, "relu_2"],
-    ]
-
-
-def test_match_stops_where_a_value_is_read_twice_or_given_out():
-    x = keras.Input((3,))
-    y = layers.Dense(3, name="d")(x)
-    z = layers.ReLU(name="r")(y)
-    twice = Graph.read(keras.Model(x, layers.Add()([y, z])))
-    given_out = Graph.read(keras.Model(x, [y, z]))
-    for graph in (twice, given_out):
-        assert match(graph, [layers.Dense, layers.ReLU]) == []
-
-
-def test_match_takes_predicates_and_types_and_does_not_overlap():
-    x = keras.Input((3,))
-    y = x
-    for number in range(5):
-        y = layers.ReLU(name=f"r{number}")(y)
-    graph = Graph.read(keras.Model(x, y))
-    pairs = match(graph, [(layers.ReLU, layers.Dense), lambda node: node.name != "r9"])
-    assert [names(c) for c in pairs] == [["r0", "r1"], ["r2", "r3"]]
-    for pattern in ([], [optional(layers.ReLU)]):
-        with pytest.raises(ValueError, match="A pattern begins with a step"):
-            match(graph, pattern)
 
 
 def test_insert_before_changes_one_use_only():
@@ -356,7 +251,7 @@ def test_queries():
     (conv,) = [node for node in graph.nodes if node.name == "conv_1"]
     assert conv.inputs == graph.inputs
     assert graph.producer(conv.outputs[0]) is conv
-    assert names(graph.consumers(conv.outputs[0])) == ["norm_1"]
+    assert [node.name for node in graph.consumers(conv.outputs[0])] == ["norm_1"]
     assert graph.is_output(graph.nodes[-1].outputs[0])
     assert not graph.is_output(conv.outputs[0])
     assert graph.layers()[0].name == "conv_1"
@@ -370,29 +265,85 @@ def test_wrong_edits_are_errors():
         graph.replace_layer(layers.ReLU(name="other"), layers.ReLU())
     with pytest.raises(ValueError, match="'sum' has 2 inputs and 1 outputs"):
         graph.remove(add)
+    other = small_graph()
+    cases = [
+        (lambda: graph.remove(other.nodes[1]), "'conv_1' is no call of the graph of 'small'"),
+        (lambda: graph.remove(graph.nodes[0]), "'in' has 0 inputs and 1 outputs"),
+        (lambda: graph.insert_after(other.outputs[0], layers.ReLU()), "is not of this graph"),
+        (lambda: graph.insert_before(add, graph.inputs[0], layers.ReLU()), "'sum' does not read"),
+        (lambda: graph.replace_layer("conv_1", layers.ReLU()), "No call of layer 'conv_1'"),
+        (lambda: graph.insert_after(add.outputs[0], Twice()), "of one output.*'twice' has 2"),
+    ]
+    for edit, message in cases:
+        with pytest.raises(ValueError, match=message):
+            edit()
+    for wrong in (keras.ops.relu, layers.ReLU, None):
+        with pytest.raises(TypeError, match="layer must be Layer, but got"):
+            graph.insert_after(add.outputs[0], wrong)
+    assert len(graph.nodes) == len(other.nodes)  # what failed did nothing
     graph.insert_after(add.outputs[0], layers.ReLU(name="conv_1"))
     with pytest.raises(ValueError, match="there are several named 'conv_1'"):
         graph.build()
 
 
-class Subclassed(keras.Model):
+class Twice(layers.Layer):
     def call(self, inputs):
-        return inputs
+        return inputs, inputs
 
 
-@pytest.mark.parametrize(
-    ("model", "error", "message"),
-    [
-        (None, TypeError, r"Graph.read\(\) needs a keras.Model, but got NoneType"),
-        ("m.keras", TypeError, r"but got str\. Load a file first"),
-        (Subclassed(), TypeError, "subclassed Subclassed, which has no graph"),
-        (keras.Sequential([layers.Dense(2)]), ValueError, "has no weights yet"),
-        (keras.Sequential(), ValueError, "has no weights yet"),
-    ],
-)
-def test_what_has_no_graph_is_refused(model, error, message):
-    with pytest.raises(error, match=message):
-        Graph.read(model)
+class Projection(layers.Layer):
+    """A layer that does not say what shape it gives."""
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(input_shape[-1], 5))
+
+    def call(self, inputs):
+        return keras.ops.matmul(inputs, self.kernel)
+
+
+def test_shape_and_type_after_an_inserted_layer_are_known_and_the_layer_is_not_touched():
+    graph = small_graph()
+    projection, cast = Projection(name="p"), layers.Activation("relu", dtype="float16", name="c")
+    after = graph.insert_after(graph.outputs[0], projection)
+    assert (after.shape, after.dtype) == ((None, 6, 6, 5), "float32")
+    assert graph.insert_after(after, cast).dtype == "float16"
+    assert not projection.built
+    model = graph.build()
+    assert model.output_shape == (None, 6, 6, 5)
+    assert len(projection._inbound_nodes) == 1
+
+
+def test_layer_of_the_model_itself_is_not_taken_for_a_new_one():
+    graph = small_graph()
+    model, before = graph.model, fingerprint(graph.model)
+    relu = model.get_layer("relu_1")
+    with pytest.raises(ValueError, match="'relu_1' is of the model 'small' already"):
+        graph.replace_layer(model.get_layer("relu_2"), relu)
+    with pytest.raises(ValueError, match="'relu_1' is of the model 'small' already"):
+        graph.insert_after(graph.outputs[0], relu)
+    graph.build()
+    assert fingerprint(model) == before
+
+
+def test_models_that_one_graph_builds_share_nothing():
+    graph = small_graph()
+    head = layers.Conv2D(2, 1, name="head")
+    graph.insert_after(graph.outputs[0], head)
+    first, second = graph.build(), graph.build(name="second")
+    assert (first.name, second.name) == ("small", "second")
+    assert first.get_layer("head") is head
+    assert second.get_layer("head") is not head
+    assert_same_outputs(first, second, random_inputs(first, 0))
+
+
+def test_weights_come_with_the_replacement():
+    graph = small_graph()
+    (conv,) = [layer for layer in graph.layers() if layer.name == "conv_2"]
+    weights = [np.zeros((3, 3, 4, 4)), np.full(4, 7.0)]
+    graph.replace_layer(conv, layers.Conv2D(4, 3, padding="same", name="conv_2"), weights)
+    model = graph.build()
+    relu = keras.Model(model.input, model.get_layer("relu_2").output)
+    np.testing.assert_array_equal(flat_outputs(relu, random_inputs(relu, 0))[0], 7.0)
 
 
 def test_sequential_built_by_its_first_batch_is_read():

@@ -175,3 +175,42 @@ def test_functional_constructors_are_told_apart():
 
     assert keras_private.has_functional_constructor(Same)
     assert not keras_private.has_functional_constructor(Other)
+
+
+def test_functional_constructor_with_arguments_that_keras_forgets_is_none():
+    class More(keras.Model):
+        def __init__(self, *args, more=1, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    assert not keras_private.has_functional_constructor(More)
+
+
+def test_own_flag_is_set_without_those_of_inner_layers():
+    model = small()
+    keras_private.set_own_trainable(model, False)
+    assert not model.trainable
+    assert model.trainable_variables == []
+    assert model.get_layer("d").trainable
+    assert model.get_layer("d").kernel.trainable
+
+
+def test_layers_that_say_how_they_are_built_are_told_from_others():
+    class Taught(keras.layers.Layer):
+        def build_from_config(self, config):
+            self.build(config["shape"])
+
+    class Telling(keras.layers.Layer):
+        def get_build_config(self):
+            return {}
+
+    assert keras_private.says_how_it_is_built(Taught())
+    assert keras_private.says_how_it_is_built(Telling())
+    assert not keras_private.says_how_it_is_built(keras.layers.Dense(2))
+
+
+def test_lambdas_are_deserialized_in_the_trusted_scope_only():
+    config = keras.saving.serialize_keras_object(keras.layers.Lambda(lambda x: x))
+    with pytest.raises((ValueError, TypeError), match=r"lambda|deserializ"):
+        keras.saving.deserialize_keras_object(config)
+    with keras_private.trusted_deserialization():
+        assert keras.saving.deserialize_keras_object(config).function(3) == 3

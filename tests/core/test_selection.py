@@ -55,6 +55,33 @@ def test_what_matches_nothing_is_an_error(argument):
         select_layers(nested(), **{argument: [3]})
 
 
+def test_name_with_brackets_is_a_name_first():
+    x = keras.Input((3,))
+    y = layers.Dense(3, name="dense[0]")(layers.Dense(3, name="dense0")(x))
+    model = keras.Model(x, y)
+    assert chosen(select_layers(model, include="dense[0]")) == ["dense[0]"]
+    assert chosen(select_layers(model, exclude=["dense*0]"])) == ["dense0"]
+
+
+def test_empty_list_selects_nothing_and_any_iterable_will_do():
+    assert chosen(select_layers(nested(), include=[])) == []
+    assert len(chosen(select_layers(nested(), exclude=()))) == len(select_layers(nested()))
+    names = (name for name in ["logits", "pool"])
+    assert chosen(select_layers(nested(), include=names)) == ["pool", "logits"]
+
+
+def test_choices_are_true_or_false_whatever_the_predicate_gives():
+    choices = select_layers(nested(), include=lambda layer: layer.weights)
+    assert {type(choice.chosen) for choice in choices} == {bool}
+    assert "body_relu" not in chosen(choices)
+
+
+@pytest.mark.parametrize("selector", [3, layers.Conv2D, [layers.Conv2D], b"logits"])
+def test_what_is_no_selector_is_an_error(selector):
+    with pytest.raises(TypeError, match=r"include takes layer names, .* or a predicate"):
+        select_layers(nested(), include=selector)
+
+
 def test_unbuilt_model_is_refused():
     with pytest.raises(ValueError, match="has no weights yet"):
         select_layers(keras.Sequential([layers.Dense(2)]))

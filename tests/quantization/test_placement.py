@@ -19,6 +19,7 @@ from tfaccel.core import Graph
 from tfaccel.core.graph import flat_layers
 from tfaccel.export import audit, to_tflite
 from tfaccel.export.packing import unpack
+from tfaccel.measurement.flatbuffer import TFLiteFile
 from tfaccel.quantization import Dequantize, FakeQuantize, plan, quantize_aware
 
 # Some values are out of the ranges that were learnt, so that clipping is compared as well.
@@ -350,6 +351,19 @@ def test_inputs_of_a_concatenation_have_no_range_of_their_own():
     names = [x.name for x in aware.layers if isinstance(x, FakeQuantize)]
     assert len(names) == 2  # the image and the concatenation
     assert any("concatenate" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("activation", "operator"),
+    [("sigmoid", "LOGISTIC"), ("tanh", "TANH"), ("softmax", "SOFTMAX")],
+)
+def test_prescribed_range_is_trained_with_so_that_nothing_converts_it(
+    activation, operator, tmp_path
+):
+    _, aware = aware_network(lambda x: flat_dense(x, activation=activation))
+    path = to_tflite(aware, tmp_path / "m.tflite", io_dtype="int8").path
+    names = [op.name for op in TFLiteFile.read(path).operators()]
+    assert names == ["RESHAPE", "FULLY_CONNECTED", operator]
 
 
 def test_function_of_the_same_name_is_not_taken_for_keras_activation():

@@ -34,8 +34,10 @@ def clone_operation(operation: Any) -> Any:
             f"{type(operation).__name__} {operation.name!r} cannot be copied from its config "
             f"({why}). Give the class get_config() and from_config()."
         ) from error
-    # Functional operations lose their name in the config.
+    # Functional operations lose their name in the config, and inputs of Keras 3.12 this flag.
     clone.name = operation.name
+    if isinstance(operation, keras.layers.InputLayer):
+        clone.optional = operation.optional
     if isinstance(operation, keras.layers.Layer):
         _share_lambdas(operation, clone)
         if keras_private.says_how_it_is_built(operation):

@@ -79,14 +79,17 @@ def _matcher(
                 f"{argument} takes layer names, patterns such as 'block_*', or a predicate such as "
                 f"lambda layer: isinstance(layer, keras.layers.Dense), but got {pattern!r}."
             )
-        if not any(_matches(name, pattern) for name in names):
+        if pattern not in names and not fnmatch.filter(names, pattern):
             close = difflib.get_close_matches(pattern, names, n=3)
             meant = " or ".join(map(repr, close))
             hint = f"Did you mean {meant}?" if close else "See model.summary()."
             raise ValueError(f"{argument}={pattern!r} matches no layer of the model. {hint}")
-    return lambda layer: any(_matches(layer.name, pattern) for pattern in patterns)
 
+    def matches(layer: keras.layers.Layer) -> bool:
+        # A name is a name first: it may hold brackets, which mean something else in a pattern.
+        return any(
+            layer.name == pattern if pattern in names else fnmatch.fnmatchcase(layer.name, pattern)
+            for pattern in patterns
+        )
 
-def _matches(name: str, pattern: str) -> bool:
-    # A name may hold brackets, which mean something else in a pattern.
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+    return matches
