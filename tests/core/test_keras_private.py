@@ -214,3 +214,16 @@ def test_lambdas_are_deserialized_in_the_trusted_scope_only():
         keras.saving.deserialize_keras_object(config)
     with keras_private.trusted_deserialization():
         assert keras.saving.deserialize_keras_object(config).function(3) == 3
+
+
+def test_own_variables_and_children_cover_all_weights():
+    layer = keras.layers.Bidirectional(keras.layers.LSTM(2))
+    layer.build((None, 3, 4))
+    assert keras_private.own_variables(layer) == []
+    inner = keras_private.children(layer)
+    assert any(child is layer.forward_layer for child in inner)
+    assert any(child is layer.backward_layer for child in inner)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="d")])
+    assert [child.name for child in keras_private.children(model)] == ["d"]
+    kernel, bias = keras_private.own_variables(model.layers[0])
+    assert (kernel.name, bias.name) == ("kernel", "bias")

@@ -324,3 +324,53 @@ def test_gradient_accumulation_and_ema():
     plain = make_model("conv2d")
     wrapped = transform_model(plain, all_weights(Neutral))
     assert fit(wrapped) == fit(plain)
+
+
+def _cells():
+    return layers.RNN([layers.LSTMCell(3), layers.LSTMCell(2)], name="x")
+
+
+def _inner_model():
+    return layers.TimeDistributed(keras.Sequential([layers.Dense(3), layers.Dense(2)]), name="x")
+
+
+@pytest.mark.parametrize("make", [_cells, _inner_model])
+def test_layers_that_hold_unnamed_layers_are_wrapped_and_loaded(make, tmp_path):
+    keras.utils.set_random_seed(2)
+    inputs = keras.Input(SEQUENCE)
+    model = keras.Model(inputs, make()(inputs))
+    wrapped = transform_model(model, all_weights(Scaled))
+    (layer,) = transformed_layers(wrapped)
+    assert len(layer.transforms) == len(model.trainable_variables)
+    halved = keras.models.clone_model(model)
+    halved.set_weights([w * 0.5 for w in model.get_weights()])
+    np.testing.assert_array_equal(run(wrapped), run(halved))
+    np.testing.assert_array_equal(run(strip(wrapped)), run(halved))
+    wrapped.save(tmp_path / "m.keras")
+    np.testing.assert_array_equal(run(load_model(tmp_path / "m.keras")), run(halved))
+
+
+def test_stateful_recurrence_goes_on_from_batch_to_batch():
+    inputs = keras.Input(batch_shape=(8, *SEQUENCE))
+    model = keras.Model(inputs, layers.GRU(3, stateful=True, name="x")(inputs))
+    wrapped = transform_model(model, all_weights(Neutral))
+    first = run(model)
+    np.testing.assert_array_equal(run(wrapped), first)
+    second = run(model)
+    assert not np.array_equal(second, first)
+    np.testing.assert_array_equal(run(wrapped), second)
+
+
+def test_layer_shared_by_nested_models_stays_shared():
+    shared = layers.Dense(4, name="shared")
+    halves = []
+    for name in ("left", "right"):
+        inner = keras.Input((4,))
+        halves.append(keras.Model(inner, shared(inner) * 2.0, name=name))
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, halves[0](inputs) + halves[1](inputs))
+    wrapped = transform_model(model, all_weights(Scaled))
+    for made, count in ((wrapped, 1), (strip(wrapped), 0), (bake_weights(wrapped), 0)):
+        assert len(made.trainable_variables) == 2
+        assert len(transformed_layers(made)) == count
+    np.testing.assert_array_equal(run(strip(wrapped)), run(wrapped))

@@ -94,15 +94,19 @@ def copy_trainable(source: keras.layers.Layer, target: keras.layers.Layer) -> No
             new.trainable = old.trainable
 
 
-def _state(layer: keras.layers.Layer) -> list[keras.Variable]:
-    states = [
+def recurrent_states(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Returns what stateful recurrent layers carry from batch to batch; Keras tracks it nowhere."""
+    return [
         state
         for inner in keras_private.sublayers(layer)
         if isinstance(inner, keras.layers.RNN)
         for state in keras.tree.flatten(inner.states)
         if state is not None
     ]
-    return [*layer.weights, *keras_private.seed_states(layer), *states]
+
+
+def _state(layer: keras.layers.Layer) -> list[keras.Variable]:
+    return [*layer.weights, *keras_private.seed_states(layer), *recurrent_states(layer)]
 
 
 def _build_like(source: keras.layers.Layer, target: keras.layers.Layer) -> None:

@@ -49,6 +49,16 @@ def sublayers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
     yield from layer._flatten_layers(include_self=True, recursive=True)  # noqa: SLF001
 
 
+def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Returns the variables of a layer that are not those of its inner layers."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]  # noqa: SLF001
+
+
+def children(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns the inner layers of a layer, one level down; those of a Sequential model itself."""
+    return list(layer.layers if isinstance(layer, keras.Model) else layer._layers)  # noqa: SLF001
+
+
 def seed_states(layer: keras.layers.Layer) -> list[keras.Variable]:
     """Returns the states of all random-seed generators of a layer and of its inner layers."""
     return [

@@ -36,9 +36,10 @@ def strip(model: keras.Model) -> keras.Model:
         ValueError: the model is not built, or a transform cannot be baked yet (a pruning schedule
             that never ran).
     """
+    baked: dict[int, keras.layers.Layer] = {}
 
     def edit(graph: Graph) -> None:
-        _bake(graph)
+        _bake(graph, baked)
         for layer in graph.layers():
             if isinstance(layer, Strippable):
                 plain = layer.strip_layer()
@@ -56,13 +57,17 @@ def bake_weights(model: keras.Model) -> keras.Model:
 
     Other layers of ours stay: export keeps the activations' ranges this way.
     """
-    return map_models(model, _bake)
+    baked: dict[int, keras.layers.Layer] = {}
+    return map_models(model, lambda graph: _bake(graph, baked))
 
 
-def _bake(graph: Graph) -> None:
+def _bake(graph: Graph, baked: dict[int, keras.layers.Layer]) -> None:
+    """Bakes the layers of one graph; `baked` keeps one that several graphs share in one piece."""
     for layer in graph.layers():
         if isinstance(layer, TransformedLayer):
-            graph.replace_layer(layer, bake_layer(layer))
+            if id(layer) not in baked:
+                baked[id(layer)] = bake_layer(layer)
+            graph.replace_layer(layer, baked[id(layer)])
 
 
 def bake_layer(layer: TransformedLayer) -> keras.layers.Layer:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import keras
 
 from tfaccel.core import keras_private
-from tfaccel.core.cloning import clone_built
+from tfaccel.core.cloning import clone_built, recurrent_states
 from tfaccel.core.configurable import Configurable
 from tfaccel.core.graph import Graph, flat_layers, map_models
 
@@ -161,15 +161,16 @@ class TransformedLayer(keras.layers.Wrapper):
         """Runs the inner layer on the transformed weights."""
         # Every variable is mapped, not only the transformed ones: on JAX the trainer itself runs
         # in a stateless scope, and a variable that this scope lacks would be read as a constant.
-        mapping = {id(v): (v, keras.ops.convert_to_tensor(v)) for v in self.layer.variables}
+        variables = [*self.layer.variables, *recurrent_states(self.layer)]
+        mapping = {id(v): (v, keras.ops.convert_to_tensor(v)) for v in variables}
         mapping.update({id(v): (v, value) for v, value in self.transformed(training)})
         if keras_private.takes_training(self.layer):
             kwargs["training"] = training
         with keras.StatelessScope(list(mapping.values()), collect_losses=True) as scope:
-            before = {id(v): scope.get_current_value(v) for v in self.layer.variables}
+            before = {id(v): scope.get_current_value(v) for v in variables}
             outputs = self.layer(*args, **kwargs)
         # Batch-norm statistics, seeds and recurrent states were written in the scope only.
-        for variable in self.layer.variables:
+        for variable in variables:
             after = scope.get_current_value(variable)
             if after is not None and after is not before.get(id(variable)):
                 variable.assign(after)
@@ -236,15 +237,21 @@ def transform_model(model: keras.Model, rules: Rules) -> keras.Model:
     Raises:
         ValueError: a weight has a transform of this class already, or a key names no weight.
     """
+    # A layer that several nested models share is wrapped once, and stays shared.
+    wrappers: dict[int, TransformedLayer] = {}
 
     def edit(graph: Graph) -> None:
         for layer in graph.layers():
+            if id(layer) in wrappers:
+                graph.replace_layer(layer, wrappers[id(layer)])
+                continue
             if keras_private.has_graph(layer):  # a nested model, whose layers are done already
                 continue
             wrapped = isinstance(layer, TransformedLayer)
             new = rules(layer.layer if wrapped else layer)
             if new:
-                graph.replace_layer(layer, wrap_layer(layer, new))
+                wrappers[id(layer)] = wrap_layer(layer, new)
+                graph.replace_layer(layer, wrappers[id(layer)])
 
     return map_models(model, edit)
 
@@ -257,26 +264,36 @@ def transformed_layers(model: keras.Model) -> list[TransformedLayer]:
 def weight_keys(layer: keras.layers.Layer) -> dict[str, keras.Variable]:
     """Returns the weights of a built layer by key, such as "kernel" or "query/kernel".
 
-    A key is the path of the variable inside the layer ("forward_lstm/lstm_cell/kernel"). Numbers
-    that Keras appends to the names of unnamed inner layers are dropped, since they differ from
-    process to process; what then has the same key gets "#1", "#2" in the order of `layer.weights`.
+    A key is made of the names of the inner layers on the way to the variable
+    ("forward_lstm/lstm_cell/kernel"), not of the path that Keras gives it, which depends on how the
+    layer was built. Numbers at the end of inner layers' names are dropped, since those of unnamed
+    ones differ from process to process; what then has the same key gets "#1", "#2" in order.
     """
     keys: dict[str, keras.Variable] = {}
-    for variable in layer.weights:
-        base = key = re.sub(r"_\d+(?=/)", "", _path_inside(layer, variable))
-        number = 0
-        while key in keys:
-            number += 1
-            key = f"{base}#{number}"
-        keys[key] = variable
+    weights = {id(variable) for variable in layer.weights}
+    for base, variable in _named_variables(layer, "", set()):
+        if id(variable) in weights:
+            key, number = base, 0
+            while key in keys:
+                number += 1
+                key = f"{base}#{number}"
+            keys[key] = variable
     return keys
 
 
-def _path_inside(layer: keras.layers.Layer, variable: keras.Variable) -> str:
-    if layer.path and variable.path.startswith(f"{layer.path}/"):
-        return str(variable.path[len(layer.path) + 1 :])
-    _, found, inside = variable.path.partition(f"{layer.name}/")
-    return str(inside if found else variable.path)
+def _named_variables(
+    layer: keras.layers.Layer, prefix: str, seen: set[int]
+) -> Iterator[tuple[str, keras.Variable]]:
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    for variable in keras_private.own_variables(layer):
+        if id(variable) not in seen:
+            seen.add(id(variable))
+            yield f"{prefix}{variable.name}", variable
+    for inner in keras_private.children(layer):
+        name = re.sub(r"_\d+$", "", inner.name)
+        yield from _named_variables(inner, f"{prefix}{name}/", seen)
 
 
 def _checked(
