@@ -351,3 +351,32 @@ def test_sequential_built_by_its_first_batch_is_read():
     x = np.ones((2, 4), "float32")
     model(x)
     assert_same_outputs(Graph.read(model).build(), model, x)
+
+
+def test_chain_in_place_of_a_shared_layer():
+    inputs = keras.Input((4,))
+    shared = layers.Dense(4, name="shared")
+    model = keras.Model(inputs, shared(shared(inputs) * 2.0))
+    graph = Graph.read(model)
+    chain = [layers.Dense(2, name="shared_in"), layers.Dense(4, name="shared")]
+    for layer, width in zip(chain, (4, 2), strict=True):
+        layer.build((None, width))
+    graph.replace_by_chain(shared, chain)
+    rebuilt = graph.build()
+    (a, b), (c, d) = (layer.get_weights() for layer in chain)
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")
+    expected = x
+    for factor in (2.0, 1.0):
+        expected = ((expected @ a + b) @ c + d) * factor
+    np.testing.assert_allclose(rebuilt(x), expected, rtol=1e-5)
+    assert len(rebuilt.weights) == 4
+    assert [layer.name for layer in rebuilt.layers[1:]].count("shared") == 1
+
+
+@pytest.mark.parametrize("chain", [[], [layers.Dense(4, name="other")]])
+def test_chain_wants_layers_and_one_input(chain):
+    inputs = keras.Input((4,))
+    add = layers.Add()
+    graph = Graph.read(keras.Model(inputs, add([inputs, inputs])))
+    with pytest.raises(ValueError, match="replaces a layer of one input"):
+        graph.replace_by_chain(add, chain)

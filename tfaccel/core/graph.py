@@ -145,6 +145,32 @@ class Graph:
         for node in calls:
             node.operation = new_layer
 
+    def replace_by_chain(
+        self, layer: keras.layers.Layer, chain: Sequence[keras.layers.Layer]
+    ) -> None:
+        """Makes every call of `layer` a call of one layer after the other.
+
+        Args:
+            layer: a layer of the graph, called with one tensor.
+            chain: new layers of one input and one output. A layer that is built keeps its weights,
+                so build each and set its weights first. The last may have the old layer's name.
+
+        Raises:
+            ValueError: the graph does not call `layer`, it is called with several tensors, the
+                chain is empty, or one of its layers is not new.
+        """
+        calls = self.calls(layer)
+        if not chain or any(len(node.inputs) != 1 for node in calls):
+            raise ValueError(
+                f"A chain of layers replaces a layer of one input, but got {len(chain)} layers for "
+                f"{layer.name!r}, called with {[len(node.inputs) for node in calls]} tensors."
+            )
+        self.replace_layer(layer, chain[-1])
+        for node in calls:
+            tensor = node.inputs[0]
+            for new_layer in chain[:-1]:
+                tensor = self.insert_before(node, tensor, new_layer)
+
     def insert_after(
         self, tensor: Tensor, layer: keras.layers.Layer, consumers: Sequence[Node] | None = None
     ) -> Tensor:
