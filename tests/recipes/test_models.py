@@ -1,9 +1,11 @@
+from typing import get_args
+
 import keras
 import numpy as np
 import pytest
 
 from tfaccel.recipes.models import build_network, cnn, mobile
-from tfaccel.recipes.schema import RecipeError
+from tfaccel.recipes.schema import Architecture, RecipeError
 
 
 def test_cnn_has_the_parameters_counted_by_hand():
@@ -40,9 +42,9 @@ def test_mobile_has_the_parameters_counted_by_hand():
     assert model.get_layer("block_1_project").output.shape == (None, 4, 4, 6)
 
 
-@pytest.mark.parametrize("architecture", ["cnn", "mobile", "MobileNetV2", "ShuffleNetV2"])
+@pytest.mark.parametrize("architecture", get_args(Architecture))
 def test_every_name_builds_a_classifier_of_digits(architecture):
-    arguments = {"width": 0.25} if architecture.endswith("V2") else {}
+    arguments = {} if architecture in ("cnn", "mobile") else {"width": 0.125}
     model = build_network(architecture, arguments, (8, 8, 1), 10)
 
     assert model.input_shape == (None, 8, 8, 1)

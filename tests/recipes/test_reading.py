@@ -80,7 +80,7 @@ WRONG = {
     ),
     "unknown architecture": (
         ("architecture: cnn", "architecture: cmm"),
-        r"line 7, .*'cnn', 'mobile', 'MobileNetV2' or 'ShuffleNetV2'; got 'cmm'",
+        r"line 7, .*'cnn', 'mobile', 'NIN', .*'MobileNetV2', .* or 'ShuffleNetV2'; got 'cmm'",
     ),
     "wrong reference": (
         ("model: student", "model: studnet"),

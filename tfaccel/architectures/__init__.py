@@ -1,23 +1,52 @@
 """Light networks and the blocks that they are made of, in plain Keras layers."""
 
 from tfaccel.architectures.blocks import (
-    channel_shuffle,
+    conv_activation,
     conv_bn_activation,
     depthwise_bn_activation,
+    depthwise_separable,
     inverted_residual,
     make_divisible,
-    shuffle_unit,
+    squeeze_excite,
 )
-from tfaccel.architectures.mobilenet import MobileNetV2
-from tfaccel.architectures.shufflenet import ShuffleNetV2
+from tfaccel.architectures.classic import NIN, VGG11, VGG13, VGG16, VGG19, mlpconv
+from tfaccel.architectures.inception import GoogLeNet, inception, local_response_normalization
+from tfaccel.architectures.mobilenet import (
+    MobileNetV1,
+    MobileNetV2,
+    MobileNetV3Large,
+    MobileNetV3Small,
+)
+from tfaccel.architectures.shufflenet import ShuffleNetV1, ShuffleNetV2
+from tfaccel.architectures.shuffling import channel_shuffle, grouped_shuffle_unit, shuffle_unit
+from tfaccel.architectures.squeezenet import SqueezeNet, fire
 
 __all__ = [
+    "NIN",
+    "VGG11",
+    "VGG13",
+    "VGG16",
+    "VGG19",
+    "GoogLeNet",
+    "MobileNetV1",
     "MobileNetV2",
+    "MobileNetV3Large",
+    "MobileNetV3Small",
+    "ShuffleNetV1",
     "ShuffleNetV2",
+    "SqueezeNet",
     "channel_shuffle",
+    "conv_activation",
     "conv_bn_activation",
     "depthwise_bn_activation",
+    "depthwise_separable",
+    "fire",
+    "grouped_shuffle_unit",
+    "inception",
     "inverted_residual",
+    "local_response_normalization",
     "make_divisible",
+    "mlpconv",
     "shuffle_unit",
+    "squeeze_excite",
 ]

@@ -1,13 +1,12 @@
 """Building blocks: functions on Keras tensors, to drop into any Functional model.
 
-All tensors are [batch, height, width, channels]. Convolutions have no bias, since batch
+All tensors are [batch, height, width, channels]. Convolutions have no bias where batch
 normalization follows; padding is "same"; every activation is a layer of its own, as quantization
 wants it.
 """
 
 from typing import Any
 
-import keras
 from keras import layers
 
 from tfaccel.core.checks import check_in, check_positive
@@ -38,6 +37,7 @@ def conv_bn_activation(
     kernel_size: int = 3,
     *,
     strides: int = 1,
+    groups: int = 1,
     activation: str | None = "relu6",
     name: str,
     epsilon: float = 1e-3,
@@ -50,6 +50,7 @@ def conv_bn_activation(
         filters: output channels.
         kernel_size: side of the square kernel.
         strides: step of the kernel in both directions.
+        groups: parts of the channels that do not see each other.
         activation: "relu", "relu6", another Keras activation by name, or None for a linear output.
         name: of the convolution; the other layers are `<name>_norm` and `<name>_<activation>`.
         epsilon: of batch normalization.
@@ -59,9 +60,47 @@ def conv_bn_activation(
         [batch, ceil(height / strides), ceil(width / strides), filters].
     """
     conv = layers.Conv2D(
-        filters, kernel_size, strides=strides, padding="same", use_bias=False, name=name
+        filters,
+        kernel_size,
+        strides=strides,
+        padding="same",
+        groups=groups,
+        use_bias=False,
+        name=name,
     )
     return _normalize(conv(x), activation, name, epsilon, momentum)
+
+
+def conv_activation(
+    x: Any,
+    filters: int,
+    kernel_size: int = 3,
+    *,
+    strides: int = 1,
+    activation: str | None = "relu",
+    batch_norm: bool = False,
+    name: str,
+) -> Any:
+    """Convolution with a bias, activation: what networks were made of before batch normalization.
+
+    Args:
+        x: [batch, height, width, channels].
+        filters: output channels.
+        kernel_size: side of the square kernel.
+        strides: step of the kernel in both directions.
+        activation: as in `conv_bn_activation`.
+        batch_norm: puts batch normalization in place of the bias: `conv_bn_activation`.
+        name: of the convolution; the other layers are `<name>_norm` and `<name>_<activation>`.
+
+    Returns:
+        [batch, ceil(height / strides), ceil(width / strides), filters].
+    """
+    if batch_norm:
+        return conv_bn_activation(
+            x, filters, kernel_size, strides=strides, activation=activation, name=name
+        )
+    conv = layers.Conv2D(filters, kernel_size, strides=strides, padding="same", name=name)
+    return activate(conv(x), activation, name)
 
 
 def depthwise_bn_activation(
@@ -101,6 +140,7 @@ def inverted_residual(
     expansion: float = 6,
     strides: int = 1,
     kernel_size: int = 3,
+    squeeze: float | None = None,
     activation: str = "relu6",
     name: str,
     epsilon: float = 1e-3,
@@ -110,6 +150,8 @@ def inverted_residual(
 
     1 x 1 expansion, depthwise convolution, linear 1 x 1 projection; the input is added where the
     stride is 1 and the number of channels stays. An expansion of 1 has no expanding convolution.
+    With `squeeze` the expanded channels are gated before the projection (Howard et al. 2019,
+    figure 4).
 
     Args:
         x: [batch, height, width, channels].
@@ -117,6 +159,8 @@ def inverted_residual(
         expansion: channels of the depthwise convolution per input channel.
         strides: 1 or 2.
         kernel_size: side of the depthwise kernel.
+        squeeze: channels inside `squeeze_excite`, as a fraction of the expanded ones (rounded to a
+            multiple of 8); None for no gate.
         activation: after the expansion and after the depthwise convolution.
         name: beginning of the layers' names.
         epsilon: of batch normalization.
@@ -133,178 +177,86 @@ def inverted_residual(
     y = x
     if expansion != 1:
         y = conv_bn_activation(
-            y, int(expansion * channels), 1, activation=activation, name=f"{name}_expand", **norm
+            y, round(expansion * channels), 1, activation=activation, name=f"{name}_expand", **norm
         )
     y = depthwise_bn_activation(
         y, kernel_size, strides=strides, activation=activation, name=f"{name}_depthwise", **norm
     )
+    if squeeze is not None:
+        inner = make_divisible(squeeze * y.shape[-1])
+        y = squeeze_excite(y, inner, name=f"{name}_squeeze")
     y = conv_bn_activation(y, filters, 1, activation=None, name=f"{name}_project", **norm)
     if strides == 1 and channels == filters:
         y = layers.Add(name=f"{name}_add")([x, y])
     return y
 
 
-def channel_shuffle(x: Any, groups: int = 2, *, name: str) -> Any:
-    """Deals the channels of each group out in turn (Zhang et al. 2018, figure 1).
-
-    Channel i of group g goes to place i * groups + g. Made of Reshape, Permute and Reshape, which
-    any converter knows.
-
-    Args:
-        x: [batch, height, width, channels], height and width known.
-        groups: must divide channels.
-        name: beginning of the layers' names.
-
-    Returns:
-        The same shape as `x`.
-
-    Raises:
-        ValueError: `groups` does not divide the channels, or height or width is unknown.
-    """
-    height, width, channels = x.shape[1:]
-    if height is None or width is None:
-        raise ValueError(
-            f"channel_shuffle() needs a known height and width, but got {tuple(x.shape)}. "
-            "Give keras.Input the whole shape."
-        )
-    if channels % groups:
-        raise ValueError(
-            f"groups must divide the channels, but got {groups} groups of {channels} channels."
-        )
-    x = layers.Reshape((height * width, groups, channels // groups), name=f"{name}_split")(x)
-    x = layers.Permute((1, 3, 2), name=f"{name}_permute")(x)
-    return layers.Reshape((height, width, channels), name=f"{name}_join")(x)
-
-
-def shuffle_unit(
+def depthwise_separable(
     x: Any,
     filters: int,
     *,
     strides: int = 1,
     kernel_size: int = 3,
-    activation: str = "relu",
+    activation: str = "relu6",
     name: str,
-    epsilon: float = 1e-5,
-    momentum: float = 0.9,
+    epsilon: float = 1e-3,
+    momentum: float = 0.99,
 ) -> Any:
-    """ShuffleNetV2 unit (Ma et al. 2018, figure 3 c and d).
+    """Depthwise separable convolution (Howard et al. 2017, figure 3, right).
 
-    With stride 1 half of the channels pass untouched, the other half go through a 1 x 1, a
-    depthwise and another 1 x 1 convolution. With stride 2 both branches see all channels, and the
-    first has a depthwise and a 1 x 1 convolution of its own. The branches are concatenated and
-    shuffled. The split is the functional operation `keras.ops.split`.
+    A depthwise and a 1 x 1 convolution, each with batch normalization and activation: 1 / filters +
+    1 / kernel_size^2 of a whole convolution's multiply-accumulates (eq. 5).
 
     Args:
         x: [batch, height, width, channels].
-        filters: output channels, even; equal to the input's with stride 1.
+        filters: output channels.
         strides: 1 or 2.
-        kernel_size: side of the depthwise kernels.
-        activation: after the 1 x 1 convolutions.
+        kernel_size: side of the depthwise kernel.
+        activation: after both convolutions.
         name: beginning of the layers' names.
         epsilon: of batch normalization.
         momentum: of the running statistics of batch normalization.
 
     Returns:
         [batch, ceil(height / strides), ceil(width / strides), filters].
-
-    Raises:
-        ValueError: `filters` is odd, or differs from the input's channels with stride 1.
     """
     check_positive("filters", filters)
-    check_in("strides", strides, (1, 2))
-    if filters % 2:
-        raise ValueError(f"filters must be even, one half for each branch, but got {filters}.")
-    if strides == 1 and filters != x.shape[-1]:
-        raise ValueError(
-            f"With stride 1 a shuffle unit keeps its channels, but got {filters} filters for "
-            f"{x.shape[-1]} channels. Use stride 2 to change them."
-        )
-    half = filters // 2
-    norm: dict[str, Any] = {"epsilon": epsilon, "momentum": momentum}
-    if strides == 1:
-        shortcut, y = keras.ops.split(x, 2, axis=-1)
-    else:
-        shortcut = depthwise_bn_activation(
-            x,
-            kernel_size,
-            strides=strides,
-            activation=None,
-            name=f"{name}_shortcut_depthwise",
-            **norm,
-        )
-        shortcut = conv_bn_activation(
-            shortcut, half, 1, activation=activation, name=f"{name}_shortcut_project", **norm
-        )
-        y = x
-    y = conv_bn_activation(y, half, 1, activation=activation, name=f"{name}_expand", **norm)
-    y = depthwise_bn_activation(
-        y, kernel_size, strides=strides, activation=None, name=f"{name}_depthwise", **norm
-    )
-    y = conv_bn_activation(y, half, 1, activation=activation, name=f"{name}_project", **norm)
-    y = layers.Concatenate(name=f"{name}_concat")([shortcut, y])
-    return channel_shuffle(y, 2, name=f"{name}_shuffle")
+    norm: dict[str, Any] = {"epsilon": epsilon, "momentum": momentum, "activation": activation}
+    x = depthwise_bn_activation(x, kernel_size, strides=strides, name=f"{name}_depthwise", **norm)
+    return conv_bn_activation(x, filters, 1, name=f"{name}_pointwise", **norm)
 
 
-def check_network(
-    input_shape: tuple[int, int, int], classes: int, width: float, dropout: float
-) -> None:
-    """Checks the arguments that all networks share.
-
-    Raises:
-        TypeError: one is of the wrong type.
-        ValueError: one is out of range, or the input shape is not (height, width, channels).
-    """
-    shape = tuple(input_shape)
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(
-            f"input_shape must be (height, width, channels), all known, but got {input_shape!r}."
-        )
-    check_positive("classes", classes)
-    check_positive("width", width)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be a fraction in [0, 1), but got {dropout!r}.")
-
-
-def total_stride(input_shape: tuple[int, int, int], output_stride: int | None) -> int:
-    """Returns by how much a network shrinks the image: what is asked for, else what suits its size.
-
-    The published strides (32 in all) are for ImageNet's 224 pixels. Up to 64 pixels the literature
-    on CIFAR leaves the first two of them out (8 in all).
-
-    Raises:
-        ValueError: `output_stride` is not 8, 16, 32 or None.
-    """
-    if output_stride is None:
-        return 8 if max(input_shape[:2]) <= 64 else 32
-    check_in("output_stride", output_stride, (8, 16, 32))
-    return output_stride
-
-
-def classify(
-    x: Any, classes: int, *, dropout: float = 0.0, classifier_activation: str | None = None
+def squeeze_excite(
+    x: Any, channels: int, *, activation: str = "relu", gate: str = "hard_sigmoid", name: str
 ) -> Any:
-    """Global average pooling, dropout if any, and one dense layer.
+    """Scales each channel by a gate that sees the whole image (Hu et al. 2018, figure 2).
+
+    Global average pooling, a 1 x 1 convolution to `channels`, another one back, and a product.
 
     Args:
         x: [batch, height, width, channels].
-        classes: number of outputs.
-        dropout: share of features dropped in training.
-        classifier_activation: None for logits, else an activation by name.
+        channels: between the two convolutions.
+        activation: after the first.
+        gate: after the second: "sigmoid" as published, "hard_sigmoid" as in MobileNetV3.
+        name: beginning of the layers' names.
 
     Returns:
-        [batch, classes].
+        The same shape as `x`.
     """
-    x = layers.GlobalAveragePooling2D(name="average")(x)
-    if dropout:
-        x = layers.Dropout(dropout, name="dropout")(x)
-    x = layers.Dense(classes, name="logits")(x)
-    if classifier_activation is not None:
-        x = layers.Activation(classifier_activation, name=classifier_activation)(x)
-    return x
+    check_positive("channels", channels)
+    y = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_average")(x)
+    y = conv_activation(y, channels, 1, activation=activation, name=f"{name}_reduce")
+    y = conv_activation(y, x.shape[-1], 1, activation=gate, name=f"{name}_expand")
+    return layers.Multiply(name=f"{name}_scale")([x, y])
 
 
 def _normalize(x: Any, activation: str | None, name: str, epsilon: float, momentum: float) -> Any:
-    x = layers.BatchNormalization(epsilon=epsilon, momentum=momentum, name=f"{name}_norm")(x)
+    norm = layers.BatchNormalization(epsilon=epsilon, momentum=momentum, name=f"{name}_norm")
+    return activate(norm(x), activation, name)
+
+
+def activate(x: Any, activation: str | None, name: str) -> Any:
+    """Applies an activation as a layer named `<name>_<activation>`; None leaves `x` as it is."""
     if activation is None:
         return x
     own_name = f"{name}_{activation}"

@@ -131,7 +131,8 @@ def build_network(
         ) from error
 
 
-_OURS = ("input_shape", "classes")
+# What the recipe decides by itself; and a recipe trains one head only.
+_OURS = ("input_shape", "classes", "auxiliary")
 
 
 def _builder(architecture: str) -> Callable[..., keras.Model]:

@@ -14,7 +14,23 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
-Architecture = Literal["cnn", "mobile", "MobileNetV2", "ShuffleNetV2"]
+Architecture = Literal[
+    "cnn",
+    "mobile",
+    "NIN",
+    "VGG11",
+    "VGG13",
+    "VGG16",
+    "VGG19",
+    "GoogLeNet",
+    "SqueezeNet",
+    "MobileNetV1",
+    "MobileNetV2",
+    "MobileNetV3Large",
+    "MobileNetV3Small",
+    "ShuffleNetV1",
+    "ShuffleNetV2",
+]
 IODtype = Literal["float32", "int8", "uint8"]
 DATA_NAMES = ("digits", "fashion_mnist", "cifar10")
 VERBS = ("train", "distill", "prune", "quantize_aware")
