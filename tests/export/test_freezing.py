@@ -8,7 +8,7 @@ from keras import layers
 from tests.export import networks
 from tests.export.networks import samples
 from tfaccel.export import to_tflite, verify
-from tfaccel.export.freezing import end_names, name_scopes, to_float32
+from tfaccel.export.freezing import end_names, name_scopes, save_inference, to_float32
 from tfaccel.measurement.interpreter import TFLiteModel
 from tfaccel.quantization import quantize_aware
 
@@ -195,3 +195,13 @@ def test_fixed_batch_size_of_the_model_is_kept(tmp_path):
         export(model, tmp_path, batch_size=3)
     with pytest.raises(ValueError, match="must hold samples, 4 at least, but got 3"):
         export(model, tmp_path, "int8", representative_data=samples(3, 6))
+
+
+def test_weights_are_no_constants_of_the_graph(tmp_path):
+    """As constants they would be copied over and over: a VGG took 19 GB to convert."""
+    model = keras.Sequential([keras.Input((256,)), layers.Dense(1024, name="d")])
+    save_inference(model, tmp_path, 1)
+    weights = 4 * model.count_params()
+    assert (tmp_path / "saved_model.pb").stat().st_size < 0.1 * weights
+    (data,) = (tmp_path / "variables").glob("*.data-*")
+    assert data.stat().st_size >= weights

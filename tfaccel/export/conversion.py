@@ -16,7 +16,7 @@ from tfaccel.core.checks import check_in, check_model, check_positive, check_typ
 from tfaccel.core.graph import flat_layers
 from tfaccel.core.stripping import Strippable, bake_weights, strip
 from tfaccel.export.diagnosis import LOOPS, explain, explain_refusal
-from tfaccel.export.freezing import end_names, name_scopes, save_frozen, to_float32
+from tfaccel.export.freezing import end_names, name_scopes, save_inference, to_float32
 from tfaccel.export.metadata import encode_facts, put_facts
 from tfaccel.export.packing import name_ends, pack, unpack
 from tfaccel.export.samples import Array, gather_samples
@@ -260,7 +260,7 @@ def _convert(
     scopes = name_scopes(model)
     with tempfile.TemporaryDirectory(prefix="tfaccel-") as folder:
         try:
-            loops = save_frozen(model, Path(folder), batch_size)
+            loops = save_inference(model, Path(folder), batch_size)
             if calibration is not None and loops:
                 # The converter would crash, and the process with it.
                 raise NotImplementedError(f"{LOOPS}: {loops}")

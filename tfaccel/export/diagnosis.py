@@ -7,7 +7,7 @@ import keras
 
 from tfaccel.core import keras_private
 from tfaccel.core.graph import Graph
-from tfaccel.export.freezing import end_names
+from tfaccel.export.freezing import STATES, end_names
 
 LOOPS = "loops and branches cannot be calibrated"
 
@@ -21,7 +21,7 @@ _REMEDIES = {
         "LiteRT draws no random numbers. Let the layer draw them in training only "
         "(`if training:` in its call), or take it out."
     ),
-    "AssignVariableOp": (
+    STATES: (
         "The layer changes its own state when it is called, which a file cannot. Let it do so in "
         "training only, use stateful=False, or take it out."
     ),

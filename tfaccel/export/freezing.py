@@ -1,24 +1,29 @@
-"""A Keras model as a frozen TensorFlow graph with a signature: what the converter reads best."""
+"""A Keras model as a TensorFlow graph with a signature: what the converter reads best."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
 
 from tfaccel.core import keras_private
-from tfaccel.core.cloning import copy_state
+from tfaccel.core.cloning import copy_state, recurrent_states
 from tfaccel.core.graph import Graph, Tensor, flat_layers, map_models
 from tfaccel.quantization import FakeQuantize
+
+# What `tfaccel.export.diagnosis` knows these refusals by.
+STATES = "a layer writes to its own weights"
 
 _LOOPS = ("While", "StatelessWhile", "If", "StatelessIf")
 
 
-def save_frozen(model: keras.Model, folder: Path, batch_size: int | None) -> list[str]:
-    """Writes a SavedModel whose weights are constants.
+def save_inference(model: keras.Model, folder: Path, batch_size: int | None) -> list[str]:
+    """Writes a SavedModel that does what the model does in inference.
 
-    Fake-quantization ranges fold only as constants, and only a SavedModel gives the .tflite file a
-    signature. Inputs and outputs get numbered names.
+    Only a SavedModel gives the .tflite file a signature. Its weights are variables, which the
+    converter freezes by itself: as constants in the graph, TensorFlow would copy them some 20
+    times. Inputs, outputs and weights get numbered names.
 
     Args:
         model: a Functional or Sequential model in float32, of names that `name_scopes` has made.
@@ -27,11 +32,11 @@ def save_frozen(model: keras.Model, folder: Path, batch_size: int | None) -> lis
 
     Returns:
         Names of the graph's loops and branches, each within its layer's scope.
+
+    Raises:
+        NotImplementedError: a layer changes its own state in inference.
     """
     import tensorflow as tf
-    from tensorflow.python.framework.convert_to_constants import (  # no public path
-        convert_variables_to_constants_v2,
-    )
 
     structure = keras_private.functional_of(model).input
     specs = [
@@ -39,29 +44,43 @@ def save_frozen(model: keras.Model, folder: Path, batch_size: int | None) -> lis
         for number, tensor in enumerate(model.inputs)
     ]
 
+    module = tf.Module()
+    # Variables of our own, since TensorFlow refuses the names of some: as Keras has them.
+    module.weights = [
+        tf.Variable(variable.value, trainable=False, name=f"weight_{number:04}")
+        for number, variable in enumerate(model.variables)
+    ]
+
     @tf.function(input_signature=specs, autograph=False)
     def run(*tensors: Any) -> Any:
         # A scope of our own: TensorFlow allows no root scope that begins with an underscore.
         with tf.name_scope("model"):
             inputs = keras.tree.pack_sequence_as(structure, list(tensors))
-            return _numbered(keras.tree.flatten(model(inputs, training=False)))
+            values = map(tf.convert_to_tensor, module.weights)
+            with keras.StatelessScope(list(zip(model.variables, values, strict=True))) as scope:
+                before = {id(v): scope.get_current_value(v) for v in model.variables}
+                outputs = _numbered(keras.tree.flatten(model(inputs, training=False)))
+            _check_stateless(model, scope, before)
+            return outputs
 
-    frozen = convert_variables_to_constants_v2(
-        run.get_concrete_function(), lower_control_flow=False
-    )
-
-    @tf.function(input_signature=specs, autograph=False)
-    def serve(*tensors: Any) -> Any:
-        # A dict comes out of a graph in the order of its sorted keys.
-        return _numbered(frozen(*map(tf.convert_to_tensor, tensors)))
-
-    module = tf.Module()
-    module.serve = serve
-    # Gradients of swish and the like cannot be saved with constants, and nobody needs them here.
+    module.serve = run
+    concrete = run.get_concrete_function()
+    # Gradients of swish and the like cannot be saved, and nobody needs them here.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-    signatures = {"serving_default": serve.get_concrete_function()}
-    tf.saved_model.save(module, str(folder), signatures=signatures, options=options)
-    return [op.name for op in frozen.graph.get_operations() if op.type in _LOOPS]
+    tf.saved_model.save(module, str(folder), {"serving_default": concrete}, options)
+    return [op.name for op in concrete.graph.get_operations() if op.type in _LOOPS]
+
+
+def _check_stateless(
+    model: keras.Model, scope: keras.StatelessScope, before: Mapping[int, Any]
+) -> None:
+    for layer in flat_layers(model):
+        # The converter itself refuses what draws random numbers.
+        seeds = {id(state) for state in keras_private.seed_states(layer)}
+        for variable in (*layer.variables, *recurrent_states(layer)):
+            value = scope.get_current_value(variable)
+            if value is not before.get(id(variable)) and id(variable) not in seeds:
+                raise NotImplementedError(f"{STATES}: ['model/{layer.name}/{variable.name}']")
 
 
 def _numbered(outputs: Any) -> dict[str, Any]:
