@@ -48,6 +48,12 @@ class Subclassed(keras.Model):
         return self.dense(inputs)
 
 
+class Teaching(keras.Model):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.student = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+
+
 def subclassed_and_built():
     model = Subclassed(name="subclassed")
     model(np.ones((1, 3)))
@@ -67,6 +73,11 @@ def of_keras_2():
         (of_keras_2, TypeError, "but got Sequential. A Sequential of tf_keras is Keras 2"),
         (lambda: Subclassed(name="s"), TypeError, "'s' is a subclassed Subclassed, which has no g"),
         (subclassed_and_built, TypeError, "'subclassed' is a subclassed Subclassed, which has no"),
+        (
+            lambda: Teaching(name="t"),
+            TypeError,
+            "'t' is a Teaching, which trains another. Give",
+        ),
         (lambda: keras.Sequential(name="s"), ValueError, "'s' has no weights yet. Begin it with"),
         (lambda: keras.Sequential([layers.Dense(2)], name="s"), ValueError, "call s.build(input_s"),
         (lambda: keras.Sequential([keras.Input((3,))], name="s"), ValueError, "'s' has no weights"),
@@ -78,6 +89,7 @@ def of_keras_2():
         "keras_2",
         "subclassed",
         "subclassed_built",
+        "distiller",
         "empty",
         "no_input",
         "only_input",

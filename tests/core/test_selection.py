@@ -85,3 +85,11 @@ def test_what_is_no_selector_is_an_error(selector):
 def test_unbuilt_model_is_refused():
     with pytest.raises(ValueError, match="has no weights yet"):
         select_layers(keras.Sequential([layers.Dense(2)]))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_layer_is_no_selector_and_the_error_gives_its_name(several):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="d")])
+    layer = model.layers[0]
+    with pytest.raises(TypeError, match="Give its name: 'd'"):
+        select_layers(model, include=[layer] if several else layer)

@@ -95,3 +95,8 @@ def test_sequential_stays_sequential():
 def test_unbuilt_model_is_refused():
     with pytest.raises(ValueError, match="has no weights yet"):
         strip(keras.Sequential([layers.Dense(2)]))
+
+
+def test_what_is_no_model_is_refused_in_strips_own_name():
+    with pytest.raises(TypeError, match=r"strip\(\) needs a keras.Model, but got NoneType"):
+        strip(None)

@@ -295,3 +295,28 @@ def test_nothing_appears_on_the_terminal(tmp_path):
     )
     assert done.stdout.partition("BEGIN")[2].strip() == ""
     assert done.stderr.partition("BEGIN")[2].strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"path": None}, TypeError, "path must be str or PathLike, but got None"),
+        ({"model": None}, TypeError, r"to_tflite\(\) needs a keras.Model, but got NoneType"),
+        ({"labels": 3}, TypeError, "labels must be a list of strings, but got 3"),
+        ({"labels": "abcd"}, TypeError, "labels must be a list of strings"),
+        ({"metadata": "abc"}, TypeError, "metadata must be Mapping, but got 'abc'"),
+    ],
+)
+def test_wrong_types_are_one_clear_error(arguments, error, message, tmp_path):
+    values = {"model": sequential(), "path": tmp_path / "m.tflite", **arguments}
+    with pytest.raises(error, match=message):
+        to_tflite(**values)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_read_only_is_found_before_the_work(tmp_path, monkeypatch):
+    # Root may write anywhere, so the answer of the system is given here.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="is read-only"):
+        to_tflite(sequential(), tmp_path / "new" / "m.tflite")
+    assert not list(tmp_path.iterdir())

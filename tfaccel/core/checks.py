@@ -30,6 +30,11 @@ def check_model(model: Any, verb: str) -> None:
         raise TypeError(f"{verb}() needs a keras.Model, but got {kind.__name__}. {advice}")
     graph_like = isinstance(model, keras.Sequential) or _has_graph(model)
     if not graph_like:
+        if isinstance(getattr(model, "student", None), keras.Model):
+            raise TypeError(
+                f"{verb}() needs a Functional or Sequential model, but {model.name!r} is a "
+                f"{type(model).__name__}, which trains another. Give its model.student."
+            )
         raise TypeError(
             f"{verb}() needs a Functional or Sequential model, but {model.name!r} is a subclassed "
             f"{type(model).__name__}, which has no graph to read. Make one of it with "

@@ -67,7 +67,8 @@ def _matcher(
 ) -> Callable[[keras.layers.Layer], bool]:
     if selector is None:
         return lambda layer: True  # noqa: ARG005
-    if callable(selector) and not isinstance(selector, type):
+    # A layer can be called as well, but is no predicate.
+    if callable(selector) and not isinstance(selector, (type, keras.layers.Layer)):
         return selector
     given: Any = selector
     lone = isinstance(given, str) or not isinstance(given, Iterable)
@@ -78,6 +79,7 @@ def _matcher(
             raise TypeError(
                 f"{argument} takes layer names, patterns such as 'block_*', or a predicate such as "
                 f"lambda layer: isinstance(layer, keras.layers.Dense), but got {pattern!r}."
+                + (f" Give its name: {pattern.name!r}." if hasattr(pattern, "name") else "")
             )
         if pattern not in names and not fnmatch.filter(names, pattern):
             close = difflib.get_close_matches(pattern, names, n=3)

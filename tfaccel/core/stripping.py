@@ -4,6 +4,7 @@ from typing import Protocol, runtime_checkable
 
 import keras
 
+from tfaccel.core.checks import check_model
 from tfaccel.core.cloning import clone_built
 from tfaccel.core.graph import Graph, map_models
 from tfaccel.core.transforms import TransformedLayer, weight_keys
@@ -32,10 +33,11 @@ def strip(model: keras.Model) -> keras.Model:
         The plain model, with the layer names of the original.
 
     Raises:
-        TypeError: the model is subclassed.
+        TypeError: the model is subclassed, or is no model.
         ValueError: the model is not built, or a transform cannot be baked yet (a pruning schedule
             that never ran).
     """
+    check_model(model, "strip")
     baked: dict[int, keras.layers.Layer] = {}
 
     def edit(graph: Graph) -> None:

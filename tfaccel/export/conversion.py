@@ -95,15 +95,20 @@ def to_tflite(
 
     Raises:
         FileNotFoundError: there is no such .keras file.
+        PermissionError: the folder is read-only.
         TypeError: the model is subclassed, or labels are no list of strings.
         ValueError: the model is not built, an argument does not fit, a range was never trained, the
             converter refuses a layer (named, with a remedy), or the outputs are wrong.
     """
-    source = model if isinstance(model, keras.Model) else load_model(model)
+    check_type("path", path, (str, os.PathLike))
+    is_file = isinstance(model, (str, os.PathLike))
+    source = load_model(model) if is_file else model
     target = Path(path)
     chosen = _check_arguments(source, target, scheme, io_dtype, representative_data)
     batch = _batch_of(source, batch_size)
     _check_labels(source, labels)
+    if metadata is not None:
+        check_type("metadata", metadata, Mapping)
     facts = encode_facts(
         {
             "scheme": chosen,
@@ -176,6 +181,9 @@ def _check_arguments(
         raise IsADirectoryError(f"{str(target)!r} is a folder; give the name of a file.")
     if any(parent.is_file() for parent in target.parents):
         raise NotADirectoryError(f"A part of {str(target)!r} is a file, not a folder.")
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{str(target)!r} cannot be written: {str(folder)!r} is read-only.")
     check_in("io_dtype", io_dtype, IO_DTYPES)
     _check_exportable(model)
     trained = scheme_of(model)
@@ -237,7 +245,11 @@ def _batch_of(model: keras.Model, batch_size: int | None) -> int | None:
 def _check_labels(model: keras.Model, labels: Sequence[str] | None) -> None:
     if labels is None:
         return
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+    if (
+        isinstance(labels, str)
+        or not isinstance(labels, Sequence)
+        or not all(isinstance(label, str) for label in labels)
+    ):
         raise TypeError(f"labels must be a list of strings, but got {labels!r}.")
     classes = [tensor.shape[-1] for tensor in model.outputs if len(tensor.shape) > 1]
     # One unit with a sigmoid tells two classes apart.
