@@ -17,12 +17,17 @@ from tfaccel.architectures.mobilenet import (
     MobileNetV3Large,
     MobileNetV3Small,
 )
+from tfaccel.architectures.recurrence import linear_recurrence
+from tfaccel.architectures.recurrent import QRNN, SRU
 from tfaccel.architectures.shufflenet import ShuffleNetV1, ShuffleNetV2
 from tfaccel.architectures.shuffling import channel_shuffle, grouped_shuffle_unit, shuffle_unit
+from tfaccel.architectures.sliced import SlicedRNN
 from tfaccel.architectures.squeezenet import SqueezeNet, fire
 
 __all__ = [
     "NIN",
+    "QRNN",
+    "SRU",
     "VGG11",
     "VGG13",
     "VGG16",
@@ -34,6 +39,7 @@ __all__ = [
     "MobileNetV3Small",
     "ShuffleNetV1",
     "ShuffleNetV2",
+    "SlicedRNN",
     "SqueezeNet",
     "channel_shuffle",
     "conv_activation",
@@ -44,6 +50,7 @@ __all__ = [
     "grouped_shuffle_unit",
     "inception",
     "inverted_residual",
+    "linear_recurrence",
     "local_response_normalization",
     "make_divisible",
     "mlpconv",
