@@ -1,13 +1,13 @@
 """Layers written as products of smaller ones."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from tfaccel.core.checks import check_fraction, check_in, check_model, check_number, check_positive
+from tfaccel.core.checks import check_in, check_model, check_positive
 from tfaccel.core.graph import Graph, flat_layers, map_models
 from tfaccel.core.selection import Selector, select_layers
 from tfaccel.rewriting.activations import Batch, PatchSampler, gather_batches, outputs_of, visit
@@ -22,6 +22,7 @@ from tfaccel.rewriting.ranks import (
     options_of,
     share_budget,
 )
+from tfaccel.rewriting.targets import Cost, Target
 from tfaccel.rewriting.walking import LayerCall, layer_calls, macs_of_calls
 
 KERNEL_METHODS = ("auto", "tucker", "spatial")
@@ -29,8 +30,6 @@ PATCHES = 8192  # of each layer's input, which moments are taken over
 
 _SEARCH_STEPS = 10
 _LEAST_LOST = 1e-4
-
-Cost = Callable[[keras.Model], float]
 
 
 def factorize(
@@ -98,7 +97,7 @@ def factorize(
     >>> [(layer.name, layer.units) for layer in small.layers]
     [('top_reduce', 10), ('top', 32)]
     """
-    target = _Target("factorize", energy, macs, max_error, metric, cost)
+    target = Target("factorize", energy, macs, max_error, metric, cost)
     target.check(data)
     given = _Given(method, multiple_of, include, exclude, data, samples, seed)
     return _Factorization(model, target, given).build()
@@ -130,53 +129,10 @@ def plan_factorization(
         TypeError: as `factorize`.
         ValueError: as `factorize`.
     """
-    target = _Target("plan_factorization", energy, macs, max_error, metric, cost)
+    target = Target("plan_factorization", energy, macs, max_error, metric, cost)
     target.check(data)
     given = _Given(method, multiple_of, include, exclude, data, samples, seed)
     return _Factorization(model, target, given).rows()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """How far to go."""
-
-    verb: str
-    energy: float | None
-    macs: float | None
-    max_error: float | None
-    metric: Cost | None
-    cost: Cost | None
-
-    def check(self, data: Any) -> None:
-        """Raises unless there is exactly one target, with all that it takes."""
-        targets = {"energy": self.energy, "macs": self.macs, "max_error": self.max_error}
-        given = {name: value for name, value in targets.items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(
-                f"{self.verb}() needs exactly one of energy, macs and max_error, "
-                f"but got {given or 'none of them'}."
-            )
-        for name, value in given.items():
-            if name == "max_error":
-                check_number(name, value)
-            else:
-                check_fraction(name, value, closed_right=True)
-        if self.max_error is not None and self.metric is None and data is None:
-            raise ValueError(
-                "max_error= needs data to measure the change of the outputs on, or a metric. "
-                "Give data=x, or metric=lambda model: ..., the error of a model."
-            )
-        for name, argument, wanted in (
-            ("metric", self.metric, "max_error"),
-            ("cost", self.cost, "macs"),
-        ):
-            if argument is not None and wanted not in given:
-                raise ValueError(f"{name}= goes with {wanted}=, but got {given}. Leave it out.")
-
-    def __str__(self) -> str:
-        if self.energy is not None:
-            return f"{self.energy:.1%} of the energy"
-        return f"{self.macs:.1%} of the MACs" if self.macs else f"an error of {self.max_error:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +161,7 @@ class _Row:
 class _Factorization:
     """A model, what its layers could become, and what they will."""
 
-    def __init__(self, model: keras.Model, target: _Target, given: _Given) -> None:
+    def __init__(self, model: keras.Model, target: Target, given: _Given) -> None:
         check_model(model, target.verb)
         check_in("method", given.method, KERNEL_METHODS)
         check_positive("multiple_of", given.multiple_of)
@@ -382,13 +338,13 @@ class _Factorization:
                 calls = self._calls_of(row.layer)
                 records.append(left_alone(row.layer, calls, self._batch, row.reason))
                 continue
-            records.append(self._record(row.factorable, next(chosen)))
+            records.append(self._record(row.factorable, row.frontier, next(chosen)))
         return records
 
-    def _record(self, factorable: Factorable, option: Option) -> LayerPlan:
+    def _record(self, factorable: Factorable, frontier: Frontier, option: Option) -> LayerPlan:
         layer, geometry = factorable.layer, factorable.geometry
         if option.method == "none":
-            reason = f"no lower rank saves MACs and keeps to {self._target}"
+            reason = self._target.why_not if len(frontier) > 1 else "no rank saves MACs"
             return left_alone(layer, self._calls_of(layer), self._batch, reason)
         weights = METHODS[option.method].macs(geometry.counting_weights())
         after = int(weights[tuple(rank - 1 for rank in option.ranks)])
