@@ -4,7 +4,9 @@ import numpy as np
 
 from tfaccel.rewriting.decomposition import Array
 
-_RIDGE = 1e-7  # of the mean diagonal: dead channels leave the equations singular
+# Of the mean diagonal. Held-out error is much lower with few samples, and no higher with many.
+_DAMPING = 1e-2
+_TINY = 1e-30
 _SETTLED = 1e-4
 
 
@@ -133,7 +135,8 @@ def _solve_pointwise(
     gram: Array, cross: Array, depthwise: Array, pointwise: Array
 ) -> tuple[Array, Array]:
     within, against = _through(gram, cross, depthwise)
-    return depthwise, _solve(within, against).reshape(pointwise.shape)
+    start = pointwise.reshape(against.shape)
+    return depthwise, _solve(within, against, start).reshape(pointwise.shape)
 
 
 def _solve_depthwise(
@@ -144,17 +147,19 @@ def _solve_depthwise(
     between = np.einsum("cmn,eln->cmel", pointwise, pointwise)
     matrix = gram[:, :, np.newaxis, :, :, np.newaxis] * between[:, :, np.newaxis]
     against = np.einsum("tcn,cmn->tcm", cross, pointwise)
-    solution = _solve(matrix.reshape(size, size), against.reshape(size, 1))
+    start = depthwise.reshape(size, 1)
+    solution = _solve(matrix.reshape(size, size), against.reshape(size, 1), start)
     return solution.reshape(depthwise.shape), pointwise
 
 
-def _solve(matrix: Array, right: Array) -> Array:
-    ridge = _RIDGE * np.trace(matrix) / len(matrix)
-    if not ridge > 0:
-        return np.zeros((len(matrix), right.shape[1]))
+def _solve(matrix: Array, right: Array, start: Array) -> Array:
+    """Solves normal equations by a step from `start` that is damped (Levenberg 1944).
+
+    What the data do not determine stays as it is, and the error never rises.
+    """
     damped = matrix.copy()
-    damped.flat[:: len(matrix) + 1] += ridge
-    return np.linalg.solve(damped, right)
+    damped.flat[:: len(matrix) + 1] += _DAMPING * np.trace(matrix) / len(matrix) + _TINY
+    return start + np.linalg.solve(damped, right - matrix @ start)
 
 
 def _normalized(depthwise: Array, pointwise: Array) -> tuple[Array, Array]:
