@@ -449,6 +449,9 @@ def test_what_cannot_be_factorized_is_left_alone_with_a_reason():
         assert word in told[name], name
     small = factorize(model, energy=0.5, exclude="excluded")
     assert count(model).macs > count(small).macs
+    rows = plan_factorization(model, energy=0.5, exclude="excluded")
+    assert sum(row.macs_before for row in rows) == count(model).macs
+    assert sum(row.macs_after for row in rows) == count(small).macs
     assert reasons(model, include="good")["small"] == "not included"
 
 

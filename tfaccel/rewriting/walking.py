@@ -10,6 +10,7 @@ from keras import layers
 
 from tfaccel.core import keras_private
 from tfaccel.core.graph import Graph, Node
+from tfaccel.core.transforms import TransformedLayer
 
 Shape = tuple[int | None, ...]
 
@@ -34,7 +35,7 @@ class LayerCall:
     """The shapes of one call of a layer, batch dimension included.
 
     Attributes:
-        layer: what is called.
+        layer: what is called; the inner layer where a technique has wrapped it.
         inputs: shape of its first input.
         outputs: shape of its first output.
         plain: whether it is called with exactly one tensor.
@@ -99,6 +100,8 @@ def _shapes(visits: Iterator[Visit]) -> Iterator[LayerCall]:
     for visit in visits:
         layer = visit.node.layer
         if layer is not None and visit.inputs and visit.outputs:
+            if isinstance(layer, TransformedLayer):
+                layer = layer.layer
             first, out = tuple(visit.inputs[0].shape), tuple(visit.outputs[0].shape)
             yield LayerCall(layer, first, out, len(visit.inputs) == 1)
 

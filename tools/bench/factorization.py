@@ -246,7 +246,7 @@ def table(rows: list[Row]) -> str:
 
     head = (
         "| arm | MACs | of baseline | parameters | TFLite kB | ms | by weights only "
-        "| before tuning | accuracy | epochs |\n| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |"
+        f"| before tuning | accuracy | epochs |\n| --- |{' --: |' * 9}"
     )
     lines = [
         f"| {row.arm}{f' {row.target:g}' if row.target else ''} | {row.macs:,} "
