@@ -240,6 +240,24 @@ def test_shared_and_nested_layers_are_fitted_to_all_their_calls():
     assert relative_error(model, rewritten, held_out) < relative_error(model, noise, held_out)
 
 
+@pytest.mark.parametrize(("zero", "full"), [("a", "b"), ("b", "a")])
+def test_every_call_is_fitted_to(zero, full):
+    shared = layers.Conv2D(6, 3, padding="same", use_bias=False, name="shared")
+    inputs = {name: keras.Input((10, 10, 4), name=name) for name in "ab"}
+    model = keras.Model(inputs, {name: shared(x) for name, x in inputs.items()})
+    # Nothing is to be learned from what one of the calls reads.
+    x = {zero: np.zeros((64, 10, 10, 4), "float32"), full: images(64, 4, 1)}
+    rewritten = separable(model, x, include="shared")
+    single = keras.Model(inputs[full], shared(inputs[full]))
+    alone = separable(single, x[full], include="shared")
+    held_out = {name: images(32, 4, 2) for name in "ab"}
+    wanted = numpy_of(single(held_out[full]))
+    together = numpy_of(rewritten(held_out)[full])
+    assert np.linalg.norm(together - wanted) < 1.05 * np.linalg.norm(
+        numpy_of(alone(held_out[full])) - wanted
+    )
+
+
 def test_records_say_what_the_rewritten_model_has():
     model = network()
     rewritten = separable(model, images(8, 4, 0), depth_multiplier=2)
