@@ -10,7 +10,7 @@ import numpy as np
 from tfaccel.core.checks import check_in, check_model, check_positive
 from tfaccel.core.graph import Graph, flat_layers, map_models
 from tfaccel.core.selection import Selector, select_layers
-from tfaccel.rewriting.activations import Batch, PatchSampler, gather_batches, outputs_of, visit
+from tfaccel.rewriting.sampling import Batch, PatchSampler, gather_batches, outputs_of, visit
 from tfaccel.rewriting.chains import why_not, wrapped_layers
 from tfaccel.rewriting.factors import METHODS, Factorable, Geometry, Method, Moments
 from tfaccel.rewriting.plans import LayerPlan, left_alone
