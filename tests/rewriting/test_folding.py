@@ -337,9 +337,7 @@ def test_padding_is_exact_only_where_nothing_is_added():
 
 
 @settings(max_examples=40)
-@given(
-    size=st.integers(1, 9), taps=st.integers(1, 4), stride=st.integers(1, 4), wide=st.booleans()
-)
+@given(size=st.integers(1, 9), taps=st.integers(1, 4), stride=st.integers(1, 4), wide=st.booleans())
 def test_same_padding_is_told_as_the_convolution_does_it(size, taps, stride, wide):
     """What a constant input gives is constant exactly if no zero is ever met."""
     dilation = 2 if wide and stride == 1 else 1

@@ -157,7 +157,7 @@ def prepare(model: keras.Model) -> keras.Model:
     elif any(isinstance(layer, Strippable) for layer in flat_layers(baked)):
         # Without ranges there is nothing of ours to keep.
         baked = strip(baked)
-    # Folded into the layer behind it, batch norm would take a kernel off the grid it was trained on.
+    # Folded into the layer behind it, batch norm would take a kernel off its trained grid.
     return fold_batch_norm(to_float32(baked), before=scheme_of(model) is None)
 
 

@@ -109,8 +109,8 @@ class LayerChange:
         before: the layer in the first model, or None.
         after: the layer in the second model, or None.
         notes: what is different, in words.
-        part_of: for an added layer that came with another, in the place of one layer, the name of
-            that layer, told by its own ("dense_in" and "dense_conv" are of "dense"); else None.
+        part_of: for a layer that was added right before a changed one in its place, told by its
+            name ("dense_in" comes with "dense"), the name of that one; else None.
     """
 
     name: str
@@ -222,15 +222,15 @@ def diff(before: keras.Model, after: keras.Model) -> ModelDiff:
 
 
 def _with_parts(changes: list[LayerChange]) -> tuple[LayerChange, ...]:
-    """Says of each added layer which changed or removed one it is a part of, by its name."""
-    replaced = [c.name for c in changes if c.change in ("changed", "removed")]
-    parted = []
-    for change in changes:
-        owners = [name for name in replaced if change.name.startswith(f"{name}_")]
-        if change.change == "added" and owners:
-            parted.append(dataclasses.replace(change, part_of=max(owners, key=len)))
-        else:
-            parted.append(change)
+    """Says of each added layer which changed one it came with: the next, if the names say so."""
+    parted = list(changes)
+    owner: LayerChange | None = None
+    for place in reversed(range(len(parted))):
+        change = parted[place]
+        if change.change in ("changed", "same"):
+            owner = change if change.change == "changed" else None
+        elif change.change == "added" and owner and change.name.startswith(f"{owner.name}_"):
+            parted[place] = dataclasses.replace(change, part_of=owner.name)
     return tuple(parted)
 
 
@@ -281,7 +281,7 @@ def _activation_of(layer: Any) -> str:
         layer = layer.layer
     functions = (getattr(layer, key, None) for key in ("activation", "recurrent_activation"))
     names = [
-        getattr(function, "__name__", None) or getattr(function, "name", type(function).__name__)
+        str(getattr(function, "__name__", None) or getattr(function, "name", type(function)))
         for function in functions
         if function is not None
     ]

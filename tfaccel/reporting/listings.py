@@ -62,7 +62,9 @@ def show_diff(difference: "ModelDiff") -> Any:
         table.add_column(heading, justify="right")
     for layer in difference.layers:
         if layer.change != "same":
-            table.add_row(layer.name, layer.change, _what(layer), *_before_after(layer))
+            parts = [part for part in difference.layers if part.part_of == layer.name]
+            what = "; ".join([_what(layer), *_together(layer, parts)])
+            table.add_row(layer.name, layer.change, what, *_before_after(layer))
     same = sum(layer.change == "same" for layer in difference.layers)
     totals = Table(header_style="bold")
     for heading in ("", "parameters", "MACs", "zeros"):
@@ -91,11 +93,32 @@ def _what(layer: "LayerChange") -> str:
     return "; ".join(notes)
 
 
+def _together(layer: "LayerChange", parts: list["LayerChange"]) -> list[str]:
+    """Says what a layer costs with those that came with it, against what it cost alone."""
+    if not parts or layer.before is None:
+        return []
+    now = [part.after for part in (*parts, layer) if part.after is not None]
+    macs = [facts.macs for facts in now]
+    total = None if None in macs else sum(count or 0 for count in macs)
+    figures = [
+        f"{_count(was)} -> {_count(new)} {unit}"
+        for unit, was, new in (
+            ("parameters", layer.before.parameters, sum(facts.parameters for facts in now)),
+            ("MACs", layer.before.macs, total),
+        )
+    ]
+    return [f"with {', '.join(part.name for part in parts)}: {', '.join(figures)}"]
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
 def _before_after(layer: "LayerChange") -> tuple[str, str]:
-    facts = [f for f in (layer.before, layer.after) if f is not None]
+    known = [facts for facts in (layer.before, layer.after) if facts is not None]
     return (
-        _arrow([f"{f.parameters:,}" for f in facts], layer.change),
-        _arrow(["unknown" if f.macs is None else f"{f.macs:,}" for f in facts], layer.change),
+        _arrow([_count(facts.parameters) for facts in known], layer.change),
+        _arrow([_count(facts.macs) for facts in known], layer.change),
     )
 
 

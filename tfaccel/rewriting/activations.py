@@ -66,9 +66,9 @@ def replace_activations(
     """Puts other activations in the place of some; by default the hard ones, which need no exp.
 
     Hard swish is x relu6(x + 3) / 6 and hard sigmoid relu6(x + 3) / 6 (Howard et al. 2019,
-    Searching for MobileNetV3, section 5.2). LiteRT has an operator for hard swish; swish it computes
-    as two. The outputs change by a little in each place (at most 0.142 for hard swish, at x = +-3,
-    and 0.069 for hard sigmoid), so train for some epochs afterwards.
+    Searching for MobileNetV3, section 5.2). LiteRT has an operator for hard swish; swish it
+    computes as two. The outputs change by a little in each place (at most 0.142 for hard swish, at
+    x = 3 and -3, and 0.069 for hard sigmoid), so train for some epochs afterwards.
 
     Replaced are activations that are built into a layer (`activation=`, also within TimeDistributed
     and of layers that a technique has wrapped), Activation and ReLU layers, and operations such as
@@ -185,9 +185,7 @@ def _hands_on(node: Node) -> bool:
 # What takes the place
 
 
-def _for_operation(
-    node: Node, functions: Mapping[Function, Function]
-) -> keras.layers.Layer | None:
+def _for_operation(node: Node, functions: Mapping[Function, Function]) -> keras.layers.Layer | None:
     name = _OPERATIONS.get(type(node.operation).__name__)
     # An Elu of another alpha is another function.
     plain = getattr(node.operation, "alpha", 1.0) == 1.0

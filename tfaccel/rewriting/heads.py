@@ -1,6 +1,7 @@
 """Classifier heads of dense layers on flattened features, made fully convolutional."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -208,7 +209,7 @@ def _leads_to_positions(graph: Graph, tensor: Tensor) -> bool:
 def _replace(graph: Graph, head: _Head) -> None:
     shape = head.features.shape
     convolution, pooling = _CONVOLUTIONS[len(shape)]
-    positions = int(np.prod(shape[1:-1]))
+    positions = math.prod(size or 0 for size in shape[1:-1])
     graph.remove(head.flatten)
     names = {node.name for node in graph.nodes}
     first, final = head.dense[0], head.dense[-1]
@@ -225,7 +226,7 @@ def _replace(graph: Graph, head: _Head) -> None:
             graph.replace_layer(layer, new)
             channels = layer.units
         elif isinstance(layer, layers.BatchNormalization) and layer.axis != -1:
-            graph.replace_layer(layer, _on_last_axis(layer))
+            graph.replace_layer(layer, _on_last_axis(layer, len(shape)))
         # What is put behind these is asked for its shape.
         node.outputs[0].shape = (*shape[:-1], channels)
     _pool(graph, head.chain[-1].outputs[0], final, pooling, names)
@@ -264,10 +265,10 @@ def _pointwise(
     return new
 
 
-def _on_last_axis(norm: Any) -> Any:
+def _on_last_axis(norm: Any, rank: int) -> Any:
     new = clone_operation(norm)
     new.axis = -1
-    new.build((None, norm.moving_mean.shape[0]))
+    new.build((*(None,) * (rank - 1), norm.moving_mean.shape[0]))
     new.set_weights(norm.get_weights())
     return new
 

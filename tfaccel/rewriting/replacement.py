@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import keras
 
@@ -17,13 +17,10 @@ from tfaccel.core.transforms import TransformedLayer
 
 LayerClass = type[keras.layers.Layer]
 Match = Selector | LayerClass | tuple[LayerClass, ...]
-Built = keras.layers.Layer | Sequence[keras.layers.Layer] | None
 Shape = tuple[int | None, ...]
 
 
-def replace_layers(
-    model: keras.Model, match: Match, build: Callable[[Any], Built]
-) -> keras.Model:
+def replace_layers(model: keras.Model, match: Match, build: Callable[[Any], Any]) -> keras.Model:
     """Puts the layers that `build` makes in the place of those that match.
 
     Where one layer is replaced by several, each is called with what the one before gives. Nested
@@ -119,11 +116,11 @@ class _Plan:
 def _selector(model: keras.Model, match: Match) -> Selector:
     classes = match if isinstance(match, tuple) else (match,)
     if not classes or not all(isinstance(kind, type) for kind in classes):
-        return match  # type: ignore[return-value]
+        return cast(Selector, match)
     found = {type(layer).__name__ for layer in flat_layers(model)}
     if not any(choice.chosen for choice in select_layers(model, _of_classes(classes))):
         raise ValueError(
-            f"match={' or '.join(kind.__name__ for kind in classes)} is no layer of "  # type: ignore[union-attr]
+            f"match={' or '.join(kind.__name__ for kind in classes)} is no layer of "
             f"{model.name!r}, which has {', '.join(sorted(found)) or 'none'}."
         )
     return _of_classes(classes)
@@ -147,9 +144,7 @@ def _graphs(model: keras.Model) -> Iterator[Graph]:
 
 
 def _wrappers(model: keras.Model) -> set[int]:
-    return {
-        id(layer.layer) for layer in flat_layers(model) if isinstance(layer, TransformedLayer)
-    }
+    return {id(layer.layer) for layer in flat_layers(model) if isinstance(layer, TransformedLayer)}
 
 
 # Checks, before anything is rebuilt
@@ -179,10 +174,11 @@ def _check_new(
                 "is not to be changed. Return a new one, such as type(layer).from_config(config)."
             )
         others = [p.layer.name for p in plans.values() if any(new is known for known in p.chain)]
-        if others or sum(new is known for known in chain) > 1:
+        others += [layer.name] * (sum(new is known for known in chain) - 1)
+        if others:
             raise ValueError(
-                f"build returned one {type(new).__name__} twice, for {(others or [layer.name])[0]!r} "
-                f"and for {layer.name!r}. Return a new layer for each."
+                f"build returned one {type(new).__name__} twice, for {others[0]!r} and "
+                f"for {layer.name!r}. Return a new layer for each."
             )
 
 
@@ -243,11 +239,11 @@ def _try(plan: _Plan, node: Node) -> list[keras.layers.Layer]:
             ) from error
         args = (outputs,)
         copies.append(copy)
-    given = [tuple(tensor.shape) for tensor in keras.tree.flatten(args[0])]
+    gives = [tuple(tensor.shape) for tensor in keras.tree.flatten(args[0])]
     wanted = [tensor.shape for tensor in node.outputs]
-    if len(given) != len(wanted) or not all(map(_agree, given, wanted)):
+    if len(gives) != len(wanted) or not all(map(_agree, gives, wanted)):
         raise ValueError(
-            f"What build returned for {name!r} gives {_spell(given)}, but {name!r} gives "
+            f"What build returned for {name!r} gives {_spell(gives)}, but {name!r} gives "
             f"{_spell(wanted)}. Return layers that give the same shape, or None."
         )
     return copies
