@@ -122,6 +122,36 @@ def test_what_is_added_stands_behind_its_predecessor(model):
     assert added.before is None
 
 
+def test_an_activation_that_changed_is_found():
+    def network(first, second):
+        return keras.Sequential(
+            [
+                keras.Input((4, 3)),
+                keras.layers.LSTM(2, recurrent_activation=first, name="lstm"),
+                keras.layers.Dense(2, activation=second, name="dense"),
+            ]
+        )
+
+    other = network("hard_sigmoid", "hard_swish")
+    model = network("sigmoid", "swish")
+    other.set_weights(model.get_weights())
+    changes = by_name(diff(model, other))
+    assert changes["lstm"].notes == ("activation tanh, sigmoid -> tanh, hard_sigmoid",)
+    assert changes["dense"].notes == ("activation silu -> hard_silu",)
+
+
+def test_only_what_stands_before_a_changed_layer_comes_with_it():
+    def network(*names):
+        return keras.Sequential(
+            [keras.Input((4,)), *(keras.layers.Dense(4, name=name) for name in names)]
+        )
+
+    changes = by_name(diff(network("a", "b", "c"), network("b_x", "a", "b_in", "c_y", "b", "b_z")))
+    assert {name: change.part_of for name, change in changes.items() if change.part_of} == {
+        "b_in": "b"
+    }
+
+
 def test_models_are_not_changed(model):
     before = model.get_weights()
     inspect(model)

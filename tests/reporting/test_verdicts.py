@@ -117,3 +117,18 @@ def test_folding_sees_other_readers_and_shared_layers():
     shared = keras.layers.Conv2D(8, 1, name="conv")
     twice = keras.Model(inputs, norm()(shared(shared(inputs))))
     assert "called more than once" in verdicts(twice, "fold_batch_norm")["norm"].reason
+
+
+def test_folding_names_what_takes_a_norm_before_it():
+    said = folding(norm(), keras.layers.Conv2D(8, 3, name="conv"))
+    assert said["norm"].reason == "folded into 'conv'"
+    assert said["conv"].reason == "takes 'norm' over"
+
+
+def test_a_row_of_norms_goes_into_one_layer():
+    said = folding(
+        keras.layers.Conv2D(8, 3, name="conv"),
+        norm(),
+        keras.layers.BatchNormalization(name="again"),
+    )
+    assert said["again"].reason == said["norm"].reason == "folded into 'conv'"

@@ -5,7 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
 
+from tests.comparing import fingerprint, flat_outputs
 from tests.core.transform_samples import Neutral
+from tests.random_models import random_inputs, random_model
 from tfaccel.core.stripping import bake_weights
 from tfaccel.core.transforms import TransformedLayer, transform_model
 from tfaccel.rewriting import fold_batch_norm
@@ -181,10 +183,6 @@ def not_next_to_it(x):
     return layers.BatchNormalization()(layers.ReLU()(layers.Dense(4)(x)))
 
 
-def before_it(x):
-    return layers.Dense(4)(layers.BatchNormalization()(x))
-
-
 @keras.saving.register_keras_serializable("tests")
 class DoubledDense(layers.Dense):
     def call(self, inputs, training=None):
@@ -205,7 +203,6 @@ def subclassed(x):
         over_rows,
         always_training,
         not_next_to_it,
-        before_it,
         subclassed,
     ],
 )
@@ -254,3 +251,179 @@ def test_subclassed_and_unbuilt_models_are_refused():
         fold_batch_norm(Own())
     with pytest.raises(ValueError, match="no weights yet"):
         fold_batch_norm(keras.Sequential([layers.Dense(3), layers.BatchNormalization()]))
+
+
+# Batch normalization before the layer
+
+
+def assert_folds_forward(model):
+    was = fingerprint(model)
+    folded = fold_batch_norm(model)
+    assert not any(isinstance(x, layers.BatchNormalization) for x in folded.layers)
+    assert_same_outputs(model, folded)
+    assert fingerprint(model) == was
+    assert len(names(fold_batch_norm(model, before=False))) == len(names(model))
+
+
+def assert_stays(model):
+    folded = fold_batch_norm(model)
+    assert names(folded) == names(model)
+    assert_same_outputs(model, folded)
+
+
+UNPADDED = sorted(set(KINDS) - {"DepthwiseConv2D"} - {k for k in KINDS if "Transpose" in k})
+
+
+@settings(max_examples=30)
+@given(
+    kind=st.sampled_from(UNPADDED),
+    arguments=st.fixed_dictionaries(
+        {"use_bias": st.booleans(), "activation": st.sampled_from([None, "relu", "tanh"])}
+    ),
+    scale=st.booleans(),
+    center=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_norm_before_a_layer_is_folded_into_it(kind, arguments, scale, center, seed):
+    layer_class, shape, own = KINDS[kind]
+    chain = [
+        keras.Input(shape),
+        layers.BatchNormalization(scale=scale, center=center),
+        layer_class(**own, **arguments),
+    ]
+    assert_folds_forward(randomize(keras.Sequential(chain), seed))
+
+
+def test_every_kind_takes_a_norm_before_it():
+    """The property test samples the kinds; this one has each of them once."""
+    for layer_class, shape, own in (KINDS[kind] for kind in UNPADDED):
+        chain = [keras.Input(shape), layers.BatchNormalization(), layer_class(**own)]
+        assert_folds_forward(randomize(keras.Sequential(chain)))
+
+
+def test_norm_before_by_hand():
+    model = keras.Sequential(
+        [keras.Input((1,)), layers.BatchNormalization(epsilon=0.0), layers.Dense(1)]
+    )
+    # 10 (x - 7) / 2 + 5 = 5 x - 30, then 3 y + 1: 15 x - 89.
+    weights = ([10.0], [5.0], [7.0], [4.0], [[3.0]], [1.0])
+    model.set_weights([np.array(weight) for weight in weights])
+    kernel, bias = fold_batch_norm(model).get_weights()
+    assert kernel.item() == pytest.approx(15.0)
+    assert bias.item() == pytest.approx(-89.0)
+
+
+def normalized(size, layer):
+    return randomize(keras.Sequential([keras.Input(size), layers.BatchNormalization(), layer]))
+
+
+def test_padding_is_exact_only_where_nothing_is_added():
+    # Of 6 positions, kernels of 2 with stride 2 take each once; kernels of 3 reach over the edge.
+    assert_folds_forward(normalized((6, 6, 2), layers.Conv2D(3, 2, strides=2, padding="same")))
+    assert_folds_forward(normalized((7, 6, 2), layers.Conv2D(3, 1, strides=2, padding="same")))
+    assert_folds_forward(normalized((None, None, 2), layers.Conv2D(3, 1, padding="same")))
+    assert_folds_forward(normalized((5, 2), layers.Conv1D(3, 1, padding="causal")))
+    for size, layer in [
+        ((6, 6, 2), layers.Conv2D(3, 3, padding="same")),
+        ((7, 6, 2), layers.Conv2D(3, 2, strides=2, padding="same")),
+        ((6, 7, 2), layers.SeparableConv2D(3, 2, strides=2, padding="same")),
+        ((6, 6, 2), layers.DepthwiseConv2D((1, 2), padding="same")),
+        ((5, 2), layers.Conv1D(3, 2, padding="causal")),
+        ((4, 4, 2), layers.Conv2DTranspose(3, 2, strides=2)),
+        ((4, 4, 2), layers.Conv2DTranspose(3, 1, strides=2)),
+        ((4, 2), layers.Conv1DTranspose(3, 3)),
+    ]:
+        assert_stays(normalized(size, layer))
+
+
+@settings(max_examples=40)
+@given(size=st.integers(1, 9), taps=st.integers(1, 4), stride=st.integers(1, 4), wide=st.booleans())
+def test_same_padding_is_told_as_the_convolution_does_it(size, taps, stride, wide):
+    """What a constant input gives is constant exactly if no zero is ever met."""
+    dilation = 2 if wide and stride == 1 else 1
+    conv = layers.Conv1D(
+        1, taps, strides=stride, dilation_rate=dilation, padding="same", kernel_initializer="ones"
+    )
+    seen = np.asarray(conv(np.ones((1, size, 1), "float32"))).ravel()
+    model = normalized((size, 1), layers.Conv1D.from_config({**conv.get_config(), "name": "conv"}))
+    assert (names(fold_batch_norm(model)) == ["conv"]) == bool((seen == taps).all())
+
+
+@pytest.mark.parametrize(
+    ("size", "layer"),
+    [
+        ((6, 6, 2), layers.Conv2D(3, 3, padding="same")),
+        ((6, 6, 2), layers.DepthwiseConv2D(3, padding="same")),
+        ((4, 5, 2), layers.Conv2DTranspose(3, 3, strides=2, padding="same", use_bias=False)),
+    ],
+)
+def test_padding_does_not_matter_without_a_shift(size, layer):
+    norm = layers.BatchNormalization(center=False)
+    model = keras.Sequential([keras.Input(size), norm, layer])
+    randomize(model)
+    norm.moving_mean.assign(np.zeros(2))
+    assert_folds_forward(model)
+
+
+def test_transposed_convolution_of_one_tap_takes_a_norm_before_it():
+    assert_folds_forward(normalized((4, 5, 2), layers.Conv2DTranspose(3, 1)))
+    assert_folds_forward(normalized((4, 2), layers.Conv1DTranspose(3, 1, use_bias=False)))
+
+
+def test_norms_on_both_sides_and_in_a_row_are_folded():
+    chain = [
+        keras.Input((6, 6, 3)),
+        layers.BatchNormalization(),
+        layers.BatchNormalization(),
+        layers.Conv2D(4, 3, use_bias=False, name="conv"),
+        layers.BatchNormalization(),
+        layers.BatchNormalization(),
+        layers.ReLU(name="relu"),
+    ]
+    model = randomize(keras.Sequential(chain))
+    folded = fold_batch_norm(model)
+    assert names(folded) == ["conv", "relu"]
+    assert_same_outputs(model, folded)
+
+
+def test_all_readers_take_a_norm_over_or_none():
+    def network(last):
+        inputs = keras.Input((6, 6, 3))
+        x = layers.BatchNormalization()(inputs)
+        y = [layers.Conv2D(4, 3, activation="relu")(x), layers.DepthwiseConv2D(3)(x), last(x)]
+        return randomize(keras.Model(inputs, layers.Concatenate()(y)))
+
+    assert_folds_forward(network(layers.SeparableConv2D(2, 3)))
+    assert_stays(network(layers.MaxPooling2D(3, 1)))
+    shared = layers.Conv2D(2, 3)
+    assert_stays(network(lambda x: shared(x) + shared(layers.ReLU()(x))))
+
+
+def test_a_norm_that_leaves_the_model_stays():
+    inputs = keras.Input((5,))
+    x = layers.BatchNormalization()(inputs)
+    model = randomize(keras.Model(inputs, [x, layers.Dense(3)(x)]))
+    assert names(fold_batch_norm(model)) == names(model)
+
+
+def test_an_activation_of_the_users_own_goes_along():
+    def squared(x):
+        return x * x
+
+    model = normalized((5,), layers.Dense(3, activation=squared))
+    assert_folds_forward(model)
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**16))
+def test_random_models_give_the_same_outputs(seed):
+    model = random_model(seed)
+    was, x = fingerprint(model), random_inputs(model, seed)
+    expected = flat_outputs(model, x)
+    for before in (True, False):
+        for ours, theirs in zip(
+            flat_outputs(fold_batch_norm(model, before=before), x), expected, strict=True
+        ):
+            tolerance = 1e-5 * np.abs(theirs).max(initial=1.0)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=tolerance)
+    assert fingerprint(model) == was

@@ -162,7 +162,8 @@ def prepare(model: keras.Model) -> keras.Model:
     elif any(isinstance(layer, Strippable) for layer in flat_layers(baked)):
         # Without ranges there is nothing of ours to keep.
         baked = strip(baked)
-    return fold_batch_norm(to_float32(baked))
+    # Folded into the layer behind it, batch norm would take a kernel off its trained grid.
+    return fold_batch_norm(to_float32(baked), before=scheme_of(model) is None)
 
 
 def _check_arguments(

@@ -32,6 +32,7 @@ class LayerFacts:
         kernel_size: numbers in its kernels.
         zeros: how many of those are zero, masks applied.
         transforms: what techniques have put on its weights, such as "PruningMask(kernel)".
+        activation: name of its activation, or names of several; "" for a layer that has none.
         techniques: for each technique whether it would touch the layer, and why.
     """
 
@@ -43,6 +44,7 @@ class LayerFacts:
     kernel_size: int
     zeros: int
     transforms: tuple[str, ...] = ()
+    activation: str = ""
     techniques: Mapping[str, Verdict] = dataclasses.field(default_factory=dict)
 
     @property
@@ -107,6 +109,8 @@ class LayerChange:
         before: the layer in the first model, or None.
         after: the layer in the second model, or None.
         notes: what is different, in words.
+        part_of: for a layer that was added right before a changed one in its place, told by its
+            name ("dense_in" comes with "dense"), the name of that one; else None.
     """
 
     name: str
@@ -114,11 +118,15 @@ class LayerChange:
     before: LayerFacts | None
     after: LayerFacts | None
     notes: tuple[str, ...] = ()
+    part_of: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelDiff:
     """What is different between two models; print it, or take `to_dict()`.
+
+    A layer that several have replaced is a changed one, if the last of them has its name, and the
+    others are added ones that are a part of it.
 
     Attributes:
         before: the first model.
@@ -147,6 +155,7 @@ class ModelDiff:
                     "name": layer.name,
                     "change": layer.change,
                     "notes": list(layer.notes),
+                    "part_of": layer.part_of,
                     "before": _layer_dict(layer.before),
                     "after": _layer_dict(layer.after),
                 }
@@ -186,8 +195,9 @@ def diff(before: keras.Model, after: keras.Model) -> ModelDiff:
         after: another one, such as `before` rewritten.
 
     Returns:
-        What was added, removed and changed: class, shape, parameters, MACs, zeros, transforms, and
-        whether the weights have other values.
+        What was added, removed and changed: class, activation, shape, parameters, MACs, zeros,
+        transforms, and whether the weights have other values. Printed, it is a table of the layers
+        that differ, with parameters and MACs before and after, of each and in all.
 
     Raises:
         TypeError: a model is subclassed, or is no model.
@@ -208,7 +218,20 @@ def diff(before: keras.Model, after: keras.Model) -> ModelDiff:
             continue
         notes = _notes(was, now, weights[0].get(name, []), weights[1].get(name, []))
         changes.append(LayerChange(name, "changed" if notes else "same", was, now, tuple(notes)))
-    return ModelDiff(first, second, tuple(changes))
+    return ModelDiff(first, second, _with_parts(changes))
+
+
+def _with_parts(changes: list[LayerChange]) -> tuple[LayerChange, ...]:
+    """Says of each added layer which changed one it came with: the next, if the names say so."""
+    parted = list(changes)
+    owner: LayerChange | None = None
+    for place in reversed(range(len(parted))):
+        change = parted[place]
+        if change.change in ("changed", "same"):
+            owner = change if change.change == "changed" else None
+        elif change.change == "added" and owner and change.name.startswith(f"{owner.name}_"):
+            parted[place] = dataclasses.replace(change, part_of=owner.name)
+    return tuple(parted)
 
 
 def _inspect(model: keras.Model, verdicts: Mapping[str, Mapping[str, Verdict]]) -> Inspection:
@@ -247,8 +270,22 @@ def _facts(
         transforms=tuple(f"{type(t).__name__}({key})" for key, t in layer.transforms)
         if isinstance(layer, TransformedLayer)
         else (),
+        activation=_activation_of(layer),
         techniques=techniques,
     )
+
+
+def _activation_of(layer: Any) -> str:
+    """Returns the names of the activations that a layer, or one that it wraps, computes."""
+    while layer is not None and not hasattr(layer, "activation") and hasattr(layer, "layer"):
+        layer = layer.layer
+    functions = (getattr(layer, key, None) for key in ("activation", "recurrent_activation"))
+    names = [
+        str(getattr(function, "__name__", None) or getattr(function, "name", type(function)))
+        for function in functions
+        if function is not None
+    ]
+    return ", ".join(names)
 
 
 def _baked(layer: keras.layers.Layer | None) -> list[tuple[str, Array]]:
@@ -285,6 +322,7 @@ def _merged(old: list[str], new: list[str]) -> Iterable[str]:
 def _notes(was: LayerFacts, now: LayerFacts, old: list[Array], new: list[Array]) -> list[str]:
     fields: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
         ("class", "class_name", str),
+        ("activation", "activation", lambda v: v or "none"),
         ("output", "output_shape", str),
         ("parameters", "parameters", "{:,}".format),
         ("MACs", "macs", lambda v: "unknown" if v is None else f"{v:,}"),
@@ -324,6 +362,7 @@ def _layer_dict(layer: LayerFacts | None) -> dict[str, Any] | None:
         "macs": layer.macs,
         "sparsity": layer.sparsity,
         "transforms": list(layer.transforms),
+        "activation": layer.activation,
         "techniques": {
             name: {"touched": verdict.touched, "reason": verdict.reason}
             for name, verdict in layer.techniques.items()

@@ -5,7 +5,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tfaccel.reporting.inspection import Inspection, LayerFacts, ModelDiff
+    from tfaccel.reporting.inspection import Inspection, LayerChange, LayerFacts, ModelDiff
 
 _YES, _NO, _NOT_ASKED = "yes", "-", ""
 
@@ -54,25 +54,87 @@ def show_diff(difference: "ModelDiff") -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    before, after = difference.before, difference.after
     table = Table(header_style="bold")
     table.add_column("layer", overflow="fold")
     table.add_column("change")
     table.add_column("what", overflow="fold")
+    for heading in ("parameters", "MACs"):
+        table.add_column(heading, justify="right")
     for layer in difference.layers:
         if layer.change != "same":
-            described = layer.after or layer.before
-            kind = described.class_name if described else ""
-            table.add_row(layer.name, layer.change, "; ".join(layer.notes) or kind)
+            parts = [part for part in difference.layers if part.part_of == layer.name]
+            what = "; ".join([_what(layer), *_together(layer, parts)])
+            table.add_row(layer.name, layer.change, what, *_before_after(layer))
     same = sum(layer.change == "same" for layer in difference.layers)
     totals = Table(header_style="bold")
     for heading in ("", "parameters", "MACs", "zeros"):
         totals.add_column(heading, justify="right")
+    before, after = difference.before, difference.after
     for model, role in ((before, "before"), (after, "after")):
         totals.add_row(f"{role} ({model.name})", *_figures(model))
+    shares = (
+        _share(before.parameters, after.parameters),
+        _share(before.macs, after.macs),
+    )
+    totals.add_row("change", *shares, "")
     if same == len(difference.layers):
         return Group(Text(f"All {same} layers are the same."), totals)
     return Group(table, Text(f"{same} layers are the same."), totals)
+
+
+def _what(layer: "LayerChange") -> str:
+    """Says what is different, but for the figures that have columns of their own."""
+    notes = [n for n in layer.notes if not n.startswith(("parameters ", "MACs "))]
+    described = layer.after or layer.before
+    if not notes and described is not None:
+        notes = [described.class_name]
+    if layer.part_of is not None:
+        notes.append(f"for {layer.part_of}")
+    return "; ".join(notes)
+
+
+def _together(layer: "LayerChange", parts: list["LayerChange"]) -> list[str]:
+    """Says what a layer costs with those that came with it, against what it cost alone."""
+    if not parts or layer.before is None:
+        return []
+    now = [part.after for part in (*parts, layer) if part.after is not None]
+    macs = [facts.macs for facts in now]
+    total = None if None in macs else sum(count or 0 for count in macs)
+    figures = [
+        f"{_count(was)} -> {_count(new)} {unit}"
+        for unit, was, new in (
+            ("parameters", layer.before.parameters, sum(facts.parameters for facts in now)),
+            ("MACs", layer.before.macs, total),
+        )
+    ]
+    return [f"with {', '.join(part.name for part in parts)}: {', '.join(figures)}"]
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
+def _before_after(layer: "LayerChange") -> tuple[str, str]:
+    known = [facts for facts in (layer.before, layer.after) if facts is not None]
+    return (
+        _arrow([_count(facts.parameters) for facts in known], layer.change),
+        _arrow([_count(facts.macs) for facts in known], layer.change),
+    )
+
+
+def _arrow(figures: list[str], change: str) -> str:
+    if change == "added":
+        figures = ["", *figures]
+    if change == "removed":
+        figures = [*figures, ""]
+    return figures[0] if len(set(figures)) == 1 else " -> ".join(figures).strip()
+
+
+def _share(before: int | None, after: int | None) -> str:
+    """Returns the change of a total in percent."""
+    if before is None or after is None or not before:
+        return ""
+    return f"{(after - before) / before:+.1%}"
 
 
 def _spell_shape(shape: tuple[int | None, ...]) -> str:

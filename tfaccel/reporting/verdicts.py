@@ -60,6 +60,7 @@ def judge_folding(model: keras.Model) -> dict[str, Verdict]:
     The rewrite is run and its result looked at; only why a batch normalization stays is worked out
     from the graph.
     """
+    from tfaccel.quantization import is_quantization_aware
     from tfaccel.rewriting import fold_batch_norm
 
     try:
@@ -67,7 +68,10 @@ def judge_folding(model: keras.Model) -> dict[str, Verdict]:
     except ValueError:
         # A pruning schedule that never ran cannot be baked: what it wraps then stays as it is.
         plain = model
-    left = {layer.name for layer in flat_layers(fold_batch_norm(plain))}
+    backward = {layer.name for layer in flat_layers(fold_batch_norm(plain, before=False))}
+    left = backward
+    if not is_quantization_aware(model):  # of which export folds nothing forward
+        left = {layer.name for layer in flat_layers(fold_batch_norm(plain))}
     verdicts: dict[str, Verdict] = {}
     for graph in _graphs(plain):
         for node in graph.nodes:
@@ -76,13 +80,37 @@ def judge_folding(model: keras.Model) -> dict[str, Verdict]:
             if not isinstance(node.layer, keras.layers.BatchNormalization):
                 verdicts.setdefault(node.name, Verdict(False, "no batch normalization"))
                 continue
-            source = graph.producer(node.inputs[0])
             if node.name in left:
+                source = graph.producer(node.inputs[0])
                 verdicts[node.name] = Verdict(False, _why_not_folded(graph, node, source))
-            else:
-                verdicts[node.name] = Verdict(True, f"folded into {source.name!r}")
-                verdicts[source.name] = Verdict(True, f"takes {node.name!r} over")
+                continue
+            step = _readers if node.name in backward else _sources
+            partners = [partner.name for partner in _beyond_norms(graph, node, step)]
+            verdicts[node.name] = Verdict(True, f"folded into {', '.join(map(repr, partners))}")
+            for name in partners:
+                verdicts[name] = Verdict(True, f"takes {node.name!r} over")
     return verdicts
+
+
+def _sources(graph: Graph, node: Node) -> list[Node]:
+    return [graph.producer(node.inputs[0])]
+
+
+def _readers(graph: Graph, node: Node) -> list[Node]:
+    return graph.consumers(node.outputs[0])
+
+
+def _beyond_norms(
+    graph: Graph, node: Node, step: Callable[[Graph, Node], list[Node]]
+) -> list[Node]:
+    """Returns the layers that take a batch normalization over, past others that they take too."""
+    found = []
+    for partner in step(graph, node):
+        if isinstance(partner.layer, keras.layers.BatchNormalization):
+            found += _beyond_norms(graph, partner, step)
+        else:
+            found.append(partner)
+    return found
 
 
 def _why_not_folded(graph: Graph, node: Node, source: Node) -> str:
