@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import keras
 from keras import ops
 
 # Beyond this many buckets, hashing with one rotation costs about as much as the attention itself.
@@ -60,9 +61,8 @@ def hash_vectors(vectors: Any, rotations: Any, factors: tuple[int, ...]) -> Any:
             part = rotated[..., begin : begin + half]
             # The largest of [xR; -xR] without making the second half.
             positive = ops.max(part, axis=-1) >= -ops.min(part, axis=-1)
-            highest = ops.cast(ops.argmax(part, axis=-1), "int32")
-            lowest = ops.cast(ops.argmin(part, axis=-1), "int32")
-            buckets = buckets * factor + ops.where(positive, highest, lowest + half)
+            place = ops.where(positive, _argmax(part), _argmax(-part) + half)
+            buckets = buckets * factor + place
             begin += half
     return ops.transpose(buckets, (0, 2, 1))
 
@@ -148,6 +148,15 @@ def take_rows(x: Any, order: Any) -> Any:
 def _repeated_shape(x: Any, hashes: int) -> tuple[Any, ...]:
     rows, time, size = ops.shape(x)
     return (rows, hashes, time, size)
+
+
+def _argmax(x: Any) -> Any:
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # Keras's own tells -0 from 0 by their bits, which LiteRT cannot.
+        return tf.argmax(x, axis=-1, output_type=tf.int32)
+    return ops.cast(ops.argmax(x, axis=-1), "int32")
 
 
 def _take(x: Any, index: Any) -> Any:

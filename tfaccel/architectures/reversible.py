@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import layers, ops
 
-from tfaccel.architectures.recomputation import Repeatable, in_turn
+from tfaccel.architectures.recomputation import Repeatable, call_options, in_turn
 from tfaccel.core.checks import check_type
 
 Layers = Sequence[tuple[layers.Layer, layers.Layer]]
@@ -26,7 +26,7 @@ class ReversibleBlocks(layers.Layer):
     Works on TensorFlow and JAX; on other backends activations are kept.
 
     Input and output: a pair of [batch, time, features], or of any other shape that f and g keep. A
-    Keras mask of the first is handed to f and g where they take one.
+    Keras mask of the first is handed to f and g where they support masking.
 
     Args:
         blocks: pairs (f, g) of layers whose output has the shape of their input: any Keras layers,
@@ -72,6 +72,9 @@ class ReversibleBlocks(layers.Layer):
         """Returns [y1, y2] of the last block."""
         x1, x2 = (ops.cast(x, self.variable_dtype) for x in inputs)
         seen = mask[0] if isinstance(mask, (list, tuple)) else mask
+        if seen is not None:
+            # New tensors, without a mask that f and g would complain of.
+            x1, x2 = ops.copy(x1), ops.copy(x2)
         known_backend = keras.backend.backend() in ("tensorflow", "jax")
         symbolic = isinstance(x1, keras.KerasTensor)
         if training and self.recompute and known_backend and not symbolic:
@@ -87,8 +90,8 @@ class ReversibleBlocks(layers.Layer):
         return list(zip(self.functions[::2], self.functions[1::2], strict=True))
 
     def _run(self, function: layers.Layer, x: Any, mask: Any, training: bool | None) -> Any:
-        options = Repeatable(function, bool(training), mask).options
-        return ops.cast(function(x, **options), self.variable_dtype)
+        y = function(x, **call_options(function, training, mask))
+        return ops.cast(y, self.variable_dtype)
 
     def _run_and_forget(self, x1: Any, x2: Any, mask: Any) -> list[Any]:
         calls = [Repeatable(function, True, mask) for function in self.functions]
@@ -185,7 +188,9 @@ def _backwards(
         out, dx, gradients = undo(g, y1, dy2)
         # Else the inputs of all blocks would be found first, and all activations held until their
         # turn comes.
-        y1, y2, dy1, dy2 = in_turn([y1, y2 - out, dy1 + dx, dy2], [dx, *gradients])
+        streams = [y1, y2 - out, dy1 + dx, dy2]
+        y1, y2, dy1, dy2 = in_turn(streams, [dx, *gradients])
         out, dx, gradients = undo(f, y2, dy1)
-        y1, y2, dy1, dy2 = in_turn([y1 - out, y2, dy1, dy2 + dx], [dx, *gradients])
+        streams = [y1 - out, y2, dy1, dy2 + dx]
+        y1, y2, dy1, dy2 = in_turn(streams, [dx, *gradients])
     return [dy1, dy2, *(totals[key] for key in weights)]
