@@ -112,6 +112,8 @@ class ReversibleBlocks(layers.Layer):
             outputs = (y1, y2, *current.values())
 
             def gradient(*upstream: Any) -> Any:
+                if keras.backend.backend() == "jax":
+                    (upstream,) = upstream  # the tuple that comes out, as one
                 return _backwards(calls, (y1, y2), upstream[:2], used)
 
             return outputs, gradient
