@@ -9,9 +9,14 @@ import pytest
 from tfaccel.recipes import load_recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-ARGUMENTS = {"distill.py": ["1"], "prune_and_quantize.py": ["models", "1"]}
+ARGUMENTS = {
+    "distill.py": ["1"],
+    "lighten.py": ["models", "1"],
+    "prune_and_quantize.py": ["models", "1"],
+}
 PRINTED = {
     "distill.py": ["teacher, all labels", "student, 100 labels", "student, teacher and no labels"],
+    "lighten.py": ["trained", "factorized", "fine-tuned"],
     "prune_and_quantize.py": ["float", "pruned", "int8"],
 }
 

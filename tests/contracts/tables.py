@@ -17,7 +17,12 @@ from tests.core.transform_samples import Neutral, all_weights
 from tfaccel.core.transforms import transform_model
 from tfaccel.distributed import callbacks
 from tfaccel.quantization import quantize_aware
-from tfaccel.rewriting import fold_batch_norm
+from tfaccel.rewriting import (
+    factorize,
+    fold_batch_norm,
+    replace_activations,
+    replace_layers,
+)
 
 IMAGE = (8, 8, 3)
 CLASSES = 4
@@ -127,6 +132,14 @@ REWRITES: dict[str, Rewrite] = {
     "strip": Rewrite(tfaccel.strip, keeps_outputs=0.0),
     "bake_weights": Rewrite(tfaccel.core.bake_weights, keeps_outputs=0.0),
     "fold_batch_norm": Rewrite(fold_batch_norm, keeps_outputs=1e-5),
+    "factorize": Rewrite(lambda m: factorize(m, energy=0.8, exclude="logits")),
+    "replace_activations": Rewrite(lambda m: replace_activations(m, {"relu": "silu"})),
+    "replace_layers": Rewrite(
+        lambda m: replace_layers(
+            m, layers.Dense, lambda x: layers.Dense.from_config(x.get_config())
+        ),
+        keeps_outputs=1e-5,
+    ),
     "prune": Rewrite(prune, update_pruning),
     "quantize_aware": Rewrite(quantize_aware, strips_exactly=False),
     "prune_then_quantize_aware": Rewrite(

@@ -10,8 +10,8 @@ from keras import layers
 from tests.comparing import fingerprint
 from tfaccel.export import to_tflite
 from tfaccel.measurement import count, count_layers, measure
-from tfaccel.rewriting.sampling import PatchSampler
 from tfaccel.rewriting.least_squares import SeparableFit, split_channels
+from tfaccel.rewriting.sampling import PatchSampler
 from tfaccel.rewriting.separation import plan_separable, separable
 
 

@@ -1,4 +1,7 @@
-"""Light networks and the blocks that they are made of, in plain Keras layers."""
+"""Light networks, and the blocks and layers that they are made of.
+
+Convolutional ones are plain Keras layers altogether; those for sequences have layers of their own.
+"""
 
 from tfaccel.architectures.blocks import (
     conv_activation,
@@ -9,8 +12,10 @@ from tfaccel.architectures.blocks import (
     make_divisible,
     squeeze_excite,
 )
+from tfaccel.architectures.chunked_feed_forward import ChunkedFeedForward
 from tfaccel.architectures.classic import NIN, VGG11, VGG13, VGG16, VGG19, mlpconv
 from tfaccel.architectures.inception import GoogLeNet, inception, local_response_normalization
+from tfaccel.architectures.lsh_attention import LSHSelfAttention
 from tfaccel.architectures.mobilenet import (
     MobileNetV1,
     MobileNetV2,
@@ -19,6 +24,8 @@ from tfaccel.architectures.mobilenet import (
 )
 from tfaccel.architectures.recurrence import linear_recurrence
 from tfaccel.architectures.recurrent import QRNN, SRU
+from tfaccel.architectures.reformer import AxialPositionEmbedding, NormalizedLayer, Reformer
+from tfaccel.architectures.reversible import ReversibleBlocks
 from tfaccel.architectures.shufflenet import ShuffleNetV1, ShuffleNetV2
 from tfaccel.architectures.shuffling import channel_shuffle, grouped_shuffle_unit, shuffle_unit
 from tfaccel.architectures.sliced import SlicedRNN
@@ -32,11 +39,17 @@ __all__ = [
     "VGG13",
     "VGG16",
     "VGG19",
+    "AxialPositionEmbedding",
+    "ChunkedFeedForward",
     "GoogLeNet",
+    "LSHSelfAttention",
     "MobileNetV1",
     "MobileNetV2",
     "MobileNetV3Large",
     "MobileNetV3Small",
+    "NormalizedLayer",
+    "Reformer",
+    "ReversibleBlocks",
     "ShuffleNetV1",
     "ShuffleNetV2",
     "SlicedRNN",

@@ -10,7 +10,6 @@ import numpy as np
 from tfaccel.core.checks import check_in, check_model, check_positive
 from tfaccel.core.graph import Graph, flat_layers, map_models
 from tfaccel.core.selection import Selector, select_layers
-from tfaccel.rewriting.sampling import Batch, PatchSampler, gather_batches, outputs_of, visit
 from tfaccel.rewriting.chains import why_not, wrapped_layers
 from tfaccel.rewriting.factors import METHODS, Factorable, Geometry, Method, Moments
 from tfaccel.rewriting.plans import LayerPlan, left_alone
@@ -22,6 +21,7 @@ from tfaccel.rewriting.ranks import (
     options_of,
     share_budget,
 )
+from tfaccel.rewriting.sampling import Batch, PatchSampler, gather_batches, outputs_of, visit
 from tfaccel.rewriting.targets import Cost, Target
 from tfaccel.rewriting.walking import LayerCall, layer_calls, macs_of_calls
 
