@@ -4,28 +4,55 @@ import re
 from pathlib import Path
 
 import click
+import keras
 import numpy as np
 
-from tests.contracts.tables import make_data, sequential
+from tests.contracts.tables import convolutional, make_data, sequential
 from tfaccel.cli import tfaccel as command
+from tfaccel.measurement import count
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_python_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
+def blocks():
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run(code, model):
     x, y = make_data(64)
     x_test, y_test = make_data(32, seed=1)
-    names = {"model": sequential(), "x": x, "y": y, "x_test": x_test, "y_test": y_test}
+    names = {"model": model, "x": x, "y": y, "x_test": x_test, "y_test": y_test}
     # Fewer steps than a user's data has, and a schedule as short; all else as it stands.
     code = code.replace("epochs=", "verbose=0, epochs=")
     code = code.replace("end_step=500", "end_step=4, frequency=2")
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102
+    return names
+
+
+def test_training_script_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = run(blocks()[0], sequential())
     assert (tmp_path / "small.tflite").exists()
     assert "accuracy" in capsys.readouterr().out
     kernel = np.asarray(names["quantized"].get_layer("hidden").layer.kernel)
     assert (kernel == 0).sum() >= kernel.size // 2
+
+
+def test_light_network_is_built_as_it_stands():
+    assert run("import tfaccel\n" + blocks()[1], None)["model"].output_shape == (None, 5)
+
+
+def test_rewriting_runs_as_it_stands(capsys):
+    model = convolutional()
+    plain = model.get_layer("stem_relu").output
+    swish = keras.layers.Conv2D(8, 3, activation="swish", name="swish")(plain)
+    pooled = keras.layers.GlobalAveragePooling2D(name="mean")(swish)
+    model = keras.Model(model.inputs[0], keras.layers.Dense(4, name="logits")(pooled))
+    names = run("import keras, tfaccel\n" + blocks()[2], model)
+    assert count(names["light"]).macs <= 0.5 * count(names["folded"]).macs
+    assert names["light"].get_layer("swish").activation is keras.activations.hard_swish
+    assert "swish" in capsys.readouterr().out
+    assert len(blocks()) == 3  # each is run here
 
 
 def test_commands_exist_with_their_options():

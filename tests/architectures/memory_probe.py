@@ -44,7 +44,7 @@ def main():
     if reports:
         sizes = [re.search(r"Total bytes used: (\d+)", p.read_text()) for p in reports]
         result["planned"] = max(int(size.group(1)) for size in sizes)
-    print(json.dumps(result))
+    print(json.dumps(result))  # noqa: T201
 
 
 if __name__ == "__main__":

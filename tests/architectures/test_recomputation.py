@@ -34,16 +34,16 @@ def test_decisions_end_with_their_scope_after_an_error():
 
 
 def test_a_repetition_draws_the_same_and_changes_nothing():
-    layer = keras.Sequential(
-        [keras.layers.BatchNormalization(), keras.layers.Dropout(0.5, seed=1)]
-    )
+    layer = keras.Sequential([keras.layers.BatchNormalization(), keras.layers.Dropout(0.5, seed=1)])
     layer.build((None, 50))
     call = Repeatable(layer, True, None)
     x = np.random.default_rng(0).normal(size=(8, 50)).astype("float32")
     before = [np.array(v) for v in layer.variables]
     weights = [keras.ops.copy(v) for v in call.trainable]
-    y, after = call.first(keras.ops.convert_to_tensor(x), weights, [np.array(v) for v in call.states])
-    again, gradient, _ = call.gradients(keras.ops.convert_to_tensor(x), weights, keras.ops.ones((8, 50)))
+    states = [np.array(v) for v in call.states]
+    y, after = call.first(keras.ops.convert_to_tensor(x), weights, states)
+    ones = keras.ops.ones((8, 50))
+    again, gradient, _ = call.gradients(keras.ops.convert_to_tensor(x), weights, ones)
     np.testing.assert_array_equal(y, again)
     assert 0.3 < np.mean(np.asarray(y) == 0) < 0.7
     assert gradient.shape == x.shape

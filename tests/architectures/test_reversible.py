@@ -186,7 +186,10 @@ def test_survives_save_and_load(tmp_path):
     np.testing.assert_array_equal(model(x), loaded(x))
     kernels = [np.array(v) for v in loaded.trainable_variables]
     loaded.train_on_batch(x, y)
-    assert all((a != b).any() for a, b in zip(kernels, map(np.array, loaded.trainable_variables)))
+    assert all(
+        (a != b).any()
+        for a, b in zip(kernels, map(np.array, loaded.trainable_variables), strict=True)
+    )
     assert loaded.get_layer("blocks").recompute is True
 
 

@@ -198,7 +198,7 @@ class LSHSelfAttention(layers.Layer):
 
     def _attend(self, query: Any, value: Any, buckets: Any, training: bool | None) -> Any:
         """Attends within buckets: [rows, time, key_dim], of whole chunks, to the same shape."""
-        rows, time, size = ops.shape(query)
+        rows, time = ops.shape(query)[:2]
         order, places, sorted_buckets = sort_by_bucket(buckets, time)
         queries = self._cut(sort_rows(query, order, places))
         # Below the length that float16 can square, no vector is normalised to full length.

@@ -120,7 +120,7 @@ class Repeatable:
 
     def again(self, x: Any, weights: Sequence[Any]) -> Any:
         """Runs the layer as the first time and returns its output."""
-        # What follows from the decisions alone must wait for `x`, too. Otherwise it is computed early
+        # What follows from the decisions alone must wait for `x`, too. Else it is computed early
         # for all layers, or a compiler finds that the first run had it, and keeps it from there. A
         # condition that is never met says so in a way that XLA, too, heeds.
         never = ops.isnan(ops.reshape(x, (-1,))[0])
@@ -128,7 +128,9 @@ class Repeatable:
         with repeating(waiting):
             return self._run(x, weights)[0]
 
-    def gradients(self, x: Any, weights: Sequence[Any], upstream: Any) -> tuple[Any, Any, list[Any]]:
+    def gradients(
+        self, x: Any, weights: Sequence[Any], upstream: Any
+    ) -> tuple[Any, Any, list[Any]]:
         """Runs the layer as the first time, and backwards.
 
         Args:
