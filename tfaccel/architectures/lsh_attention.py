@@ -131,7 +131,7 @@ class LSHSelfAttention(layers.Layer):
                 f"The number of buckets of {self.name!r} follows from the length of the sequence, "
                 "which is not known. Give keras.Input a fixed length, or the layer buckets=."
             )
-        self.factors = self.buckets or bucket_factors(time, self.bucket_size)
+        self.factors = self.buckets or bucket_factors(time or 0, self.bucket_size)
         if time is not None and (prod(self.factors) + 2) * (time + self.bucket_size) >= 2**31:
             raise ValueError(
                 f"{time} positions in {prod(self.factors)} buckets are too many to sort as 32-bit "
