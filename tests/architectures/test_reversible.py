@@ -245,18 +245,16 @@ def probe(depth, kind, mode, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "measure"), [("xla", "planned"), ("graph", "resident")])
-def test_memory_of_a_training_step_stays_flat_in_depth(mode, measure, tmp_path):
-    """XLA's own plan, exact; without XLA what the process held at its peak."""
+def test_memory_of_a_training_step_stays_flat_in_depth(tmp_path):
+    """XLA's own plan, which is exact; tools/bench/reformer.py has what a process holds."""
 
     def growth(kind):
-        sizes = [probe(n, kind, mode, tmp_path / f"{kind}{n}")[measure] for n in (2, 6)]
-        return (sizes[1] - sizes[0]) / 4
+        sizes = [probe(n, kind, "xla", tmp_path / f"{kind}{n}")["planned"] for n in (1, 3)]
+        return (sizes[1] - sizes[0]) / 2
 
-    per_block = {kind: growth(kind) for kind in ("reversible", "plain")}
+    plain, reversible = growth("plain"), growth("reversible")
     # One hidden activation of 4 x 1024 x 1024 floats: a plain block keeps at least that.
     hidden = 4 * 1024 * 1024 * 4
-    assert per_block["plain"] > hidden
-    assert per_block["reversible"] < 0.4 * per_block["plain"], per_block
-    if measure == "planned":
-        assert per_block["reversible"] < 0.5 * hidden, per_block
+    assert plain > hidden
+    assert reversible < 0.4 * plain, (reversible, plain)
+    assert reversible < 0.5 * hidden, (reversible, hidden)
