@@ -8,7 +8,7 @@ from keras import layers
 import tfaccel
 from tests.contracts.tables import convolutional, make_data, nested, sequential
 from tests.quantization.networks import calibrate
-from tfaccel.architectures import blocks
+from tfaccel import architectures as blocks
 from tfaccel.core.graph import flat_layers
 from tfaccel.export import audit, to_tflite
 from tfaccel.measurement.flatbuffer import TFLiteFile

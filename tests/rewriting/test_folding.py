@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from keras import layers
 
@@ -50,7 +50,7 @@ def randomize(model, seed=0):
 
 
 def sample(model, seed=1):
-    shape = (3, *model.input_shape[1:])
+    shape = (3, *(size or 5 for size in model.input_shape[1:]))
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
@@ -415,6 +415,8 @@ def test_an_activation_of_the_users_own_goes_along():
 
 
 @settings(max_examples=15)
+@example(seed=138)  # these two have batch norm that only the layer behind it can take over
+@example(seed=146)
 @given(seed=st.integers(0, 2**16))
 def test_random_models_give_the_same_outputs(seed):
     model = random_model(seed)
