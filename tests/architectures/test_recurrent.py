@@ -17,7 +17,7 @@ LAYERS = {
     "QRNN fo": lambda **a: QRNN(UNITS, **a),
     "QRNN ifo": lambda **a: QRNN(UNITS, 3, "ifo", **a),
     "SRU": lambda **a: SRU(UNITS, **a),
-    "SRU plain gates": lambda **a: SRU(UNITS, recurrent_gates=False, forget_bias=1.0, **a),
+    "SRU plain gates": lambda **a: SRU(UNITS, recurrent_gates=False, highway_bias=-1.0, **a),
     "SRU unrolled": lambda **a: SRU(UNITS, unroll=True, **a),
 }
 each = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
@@ -81,7 +81,7 @@ def sru(layer, x):
     v_f, v_r = (named.get(f"{gate}_vector", np.zeros(UNITS)) for gate in ("forget", "reset"))
     assert len(named) == (4 if layer.recurrent_gates else 2)
     b_f, b_r = np.split(bias, 2)
-    alpha = np.sqrt(1 + 2 * np.exp(layer.forget_bias))
+    alpha = np.sqrt(1 + 2 * np.exp(layer.highway_bias))
     state, outputs = np.zeros((len(x), UNITS)), []
     for step in range(x.shape[1]):
         now = x[:, step]
@@ -95,7 +95,7 @@ def sru(layer, x):
 
 @pytest.mark.parametrize("features", [FEATURES, UNITS])
 @pytest.mark.parametrize(
-    "arguments", [{}, {"unroll": True}, {"recurrent_gates": False, "forget_bias": 1.0}]
+    "arguments", [{}, {"unroll": True}, {"recurrent_gates": False, "highway_bias": -1.0}]
 )
 def test_sru_computes_the_papers_equations(arguments, features):
     layer = built(SRU(UNITS, return_sequences=True, return_state=True, **arguments), features)

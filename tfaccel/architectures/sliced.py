@@ -1,11 +1,13 @@
 """Sliced recurrent networks: long sequences in slices that run side by side."""
 
+import copy
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
-from tfaccel.core.checks import check_number, check_positive, check_type
+from tfaccel.core.checks import check_positive, check_type
 
 
 @keras.saving.register_keras_serializable("tfaccel")
@@ -21,10 +23,11 @@ class SlicedRNN(keras.layers.Layer):
 
     Args:
         layer: a recurrent layer as a template, such as keras.layers.GRU(64): each level gets a copy
-            of it with weights of its own. It must give its last output only.
+            of it with weights of its own. It must give its last output only. Initializers with a
+            seed begin levels of the same shape alike.
         slices: n, parts that each sequence is cut into at every level.
         levels: k, how often.
-        **kwargs: `name`, `dtype`, `trainable`.
+        **kwargs: `name`, `trainable`; `dtype` is the template's.
 
     Input shape:
         [batch, time, features], the time known and divisible by slices ** levels: pad with zeros
@@ -37,14 +40,14 @@ class SlicedRNN(keras.layers.Layer):
     Raises:
         TypeError: `layer` is no recurrent layer.
         ValueError: an argument is out of range, the template gives sequences, states or is
-            stateful, or the time is unknown or not divisible.
+            stateful or of another dtype, or the time is unknown or not divisible.
     """
 
     def __init__(
         self, layer: keras.layers.Layer, slices: int = 8, levels: int = 2, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
         check_type("layer", layer, keras.layers.Layer)
+        super().__init__(**{"dtype": layer.dtype_policy, **kwargs})
         if not hasattr(layer, "return_sequences"):
             raise TypeError(
                 f"SlicedRNN() needs a recurrent layer such as keras.layers.GRU(64), but got "
@@ -56,14 +59,20 @@ class SlicedRNN(keras.layers.Layer):
                     f"SlicedRNN() needs a layer that gives its last output only, but {layer.name!r}"
                     f" has {flag}=True. Leave it out."
                 )
+        if self.dtype_policy != layer.dtype_policy:
+            raise ValueError(
+                f"SlicedRNN() computes in its template's dtype, {layer.dtype_policy.name!r}, but "
+                f"got dtype={self.dtype_policy.name!r}. Give it to {layer.name!r}."
+            )
+        check_type("slices", slices, (int, np.integer))
+        check_type("levels", levels, (int, np.integer))
         check_positive("slices", slices)
-        check_number("levels", levels)
         if levels < 0:
             raise ValueError(f"levels must be 0 or above, but got {levels!r}.")
         self.slices, self.levels = int(slices), int(levels)
-        config = layer.get_config()
+        config = _without_shapes(layer.get_config())
         self.level_layers = [
-            type(layer).from_config({**config, "name": f"level_{level}"})
+            type(layer).from_config(copy.deepcopy({**config, "name": f"level_{level}"}))
             for level in range(self.levels + 1 if self.slices > 1 else 1)
         ]
         self.supports_masking = True
@@ -127,7 +136,7 @@ class SlicedRNN(keras.layers.Layer):
         """Returns the constructor's arguments."""
         return {
             **super().get_config(),
-            "layer": keras.saving.serialize_keras_object(self.level_layers[0]),
+            "layer": _without_shapes(keras.saving.serialize_keras_object(self.level_layers[0])),
             "slices": self.slices,
             "levels": self.levels,
         }
@@ -137,3 +146,12 @@ class SlicedRNN(keras.layers.Layer):
         """Makes the layer again."""
         layer = keras.saving.deserialize_keras_object(config["layer"])
         return cls(**{**config, "layer": layer})
+
+
+def _without_shapes(config: Any) -> Any:
+    """Leaves out for which shapes cells and inner layers were built: each level has its own."""
+    if isinstance(config, dict):
+        return {k: _without_shapes(v) for k, v in config.items() if k != "build_config"}
+    if isinstance(config, list):
+        return [_without_shapes(value) for value in config]
+    return config
