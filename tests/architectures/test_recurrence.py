@@ -47,34 +47,82 @@ def test_long_memories_neither_vanish_nor_overflow():
     assert found[0, steps // 2 - 1, 0] == 0.0
 
 
-@pytest.mark.parametrize("jit", [False, True])
-def test_gradients_equal_those_of_a_loop(jit):
+def one_by_one(forget, update, state):
     import tensorflow as tf
 
-    random = np.random.default_rng(0)
-    forget, update = (tf.constant(random.uniform(size=(2, 37, 3)), tf.float32) for _ in range(2))
-    initial = tf.constant(random.normal(size=(2, 3)), tf.float32)
-    weights = tf.constant(random.normal(size=(2, 37, 3)), tf.float32)
+    states = []
+    for step in range(update.shape[1]):
+        state = forget[:, step] * state + update[:, step]
+        states.append(state)
+    return tf.stack(states, 1)
 
-    def one_by_one(f, u, state):
-        states = []
-        for step in range(37):
-            state = f[:, step] * state + u[:, step]
-            states.append(state)
-        return tf.stack(states, 1)
+
+def problem(steps, *, edges=False):
+    import tensorflow as tf
+
+    random = np.random.default_rng(steps)
+    forget = random.uniform(size=(2, steps, 3))
+    forget = np.round(forget) if edges else forget  # wholly open or shut
+    rest = [random.normal(size=shape) for shape in ((2, steps, 3), (2, 3), (2, steps, 3))]
+    return [tf.constant(x, tf.float32) for x in (forget, *rest)]
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
+@pytest.mark.parametrize("opened", [False, True], ids=["known", "open"])
+def test_gradients_equal_those_of_a_loop(jit, opened):
+    import tensorflow as tf
 
     def gradients(function):
-        @tf.function(jit_compile=jit)
-        def run():
+        def run(forget, update, initial, weights):
+            variables = forget, update, initial
             with tf.GradientTape() as tape:
-                tape.watch((forget, update, initial))
-                loss = tf.reduce_sum(weights * function(forget, update, initial))
-            return tape.gradient(loss, (forget, update, initial))
+                tape.watch(variables)
+                states = function(*variables)
+                loss = tf.reduce_sum(weights * states)
+            return states, *tape.gradient(loss, variables, unconnected_gradients="zero")
 
-        return run()
+        return run
 
-    for ours, theirs in zip(gradients(linear_recurrence), gradients(one_by_one), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    sequence, state = tf.TensorSpec((2, None, 3)), tf.TensorSpec((2, 3))
+    signature = [sequence, sequence, state, sequence] if opened else None
+    ours = tf.function(gradients(linear_recurrence), input_signature=signature, jit_compile=jit)
+    theirs = gradients(one_by_one)
+    for steps in (1, 16, 37):
+        for edges in (False, True):
+            given = problem(steps, edges=edges)
+            for found, expected in zip(ours(*given), theirs(*given), strict=True):
+                np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_gradients():
+    import tensorflow as tf
+
+    *variables, weights = problem(20)
+
+    def second(function):
+        with tf.GradientTape() as outer:
+            outer.watch(variables)
+            with tf.GradientTape() as inner:
+                inner.watch(variables)
+                loss = tf.reduce_sum(weights * function(*variables) ** 2)
+            size = sum(tf.reduce_sum(g**2) for g in inner.gradient(loss, variables))
+        return outer.gradient(size, variables)
+
+    for ours, theirs in zip(second(linear_recurrence), second(one_by_one), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 17, 256, 257, 4100])
+def test_an_open_number_of_steps_equals_a_loop(steps):
+    import tensorflow as tf
+
+    spec = tf.TensorSpec((None, None, 3))
+    scan = tf.function(linear_recurrence, input_signature=[spec, spec])
+    forget, update, *_ = problem(steps)
+    found = scan(forget, update)
+    np.testing.assert_allclose(
+        found, loop(*map(np.asarray, (forget, update))), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_last_step_that_counts():

@@ -73,7 +73,7 @@ def test_qrnn_computes_the_papers_equations(pooling, kernel_size):
         np.testing.assert_allclose(state, states[:, -1], rtol=1e-4, atol=1e-5)
 
 
-def sru(layer, x):
+def sru(layer, x, initial=None):
     """Eqs. 1 to 4, a step at a time."""
     kernel, bias = np.asarray(layer.kernel), np.asarray(layer.bias)
     parts = np.split(kernel, kernel.shape[1] // UNITS, 1)
@@ -82,7 +82,7 @@ def sru(layer, x):
     assert len(named) == (4 if layer.recurrent_gates else 2)
     b_f, b_r = np.split(bias, 2)
     alpha = np.sqrt(1 + 2 * np.exp(layer.highway_bias))
-    state, outputs = np.zeros((len(x), UNITS)), []
+    state, outputs = np.zeros((len(x), UNITS)) if initial is None else initial, []
     for step in range(x.shape[1]):
         now = x[:, step]
         f = sigmoid(now @ parts[1] + v_f * state + b_f)
@@ -100,23 +100,28 @@ def sru(layer, x):
 def test_sru_computes_the_papers_equations(arguments, features):
     layer = built(SRU(UNITS, return_sequences=True, return_state=True, **arguments), features)
     x = sequences(features=features)
-    outputs, state = layer(x)
-    expected, last = sru(layer, x)
-    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(state, last, rtol=1e-4, atol=1e-5)
+    for initial in (None, sequences(3, 1, UNITS, 5)[:, 0]):
+        outputs, state = layer(x, initial_state=initial)
+        expected, last = sru(layer, x, initial)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state, last, rtol=1e-4, atol=1e-5)
     matrices = 3 if features == UNITS else 4
     vectors = 0 if arguments.get("recurrent_gates") is False else 2
     assert layer.count_params() == UNITS * (matrices * features + 2 + vectors)
 
 
-def test_sru_keeps_the_variance_at_the_start():
+@pytest.mark.parametrize("bias", [0.0, -2.0])
+def test_sru_keeps_the_variance_at_the_start(bias):
     # Section 3.2: with alpha = sqrt(1 + 2 exp(b)) the outputs vary as much as the inputs.
     keras.utils.set_random_seed(0)
-    layer = SRU(256, return_sequences=True)
+    layer = SRU(256, highway_bias=bias, bias_initializer="ones", return_sequences=True)
     x = sequences(64, 20, 256)
     outputs = np.asarray(layer(x))[:, 10:]
-    # Measured 0.93 to 0.97 over ten seeds; without the scale 0.46.
+    # Without the scale 0.4 for a bias of 0.
     assert 0.8 < outputs.var() < 1.15
+    # b belongs to the highway's gate alone.
+    np.testing.assert_array_equal(layer.bias[:256], np.ones(256))
+    np.testing.assert_array_equal(layer.bias[256:], np.full(256, bias))
 
 
 @each
@@ -137,6 +142,22 @@ def test_masked_steps_are_as_if_they_were_not_there(make):
     only_last.set_weights(layer.get_weights())
     expected = np.stack([outputs[0, 5], outputs[1, -1], outputs[2, -1]])
     np.testing.assert_allclose(only_last(dirty, mask=mask), expected, rtol=1e-5)
+
+
+@each
+def test_a_state_outlasts_masked_steps(make):
+    layer = built(make(return_sequences=True, return_state=True))
+    x, start = sequences(), sequences(3, 1, UNITS, 5)[:, 0]
+    mask = np.ones((3, STEPS), bool)
+    mask[0, :4] = False
+    mask[1] = False
+    dirty = x.copy()
+    dirty[~mask] = np.nan
+    outputs, state = layer(dirty, initial_state=start, mask=mask)
+    alone, last = layer(x[:1, 4:], initial_state=start[:1])
+    np.testing.assert_allclose(outputs[0, 4:], alone[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state[0], last[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state[1], start[1], rtol=1e-6)
 
 
 @each
@@ -236,6 +257,9 @@ def test_shapes_and_macs(make):
     assert [tuple(t.shape) for t in model.outputs] == list(shapes)
     # Every weight of the kernel is used once in each step.
     assert count(model).macs == STEPS * int(np.prod(layer.kernel.shape))
+    start = keras.Input((UNITS,))
+    model = keras.Model([inputs, start], make()(inputs, initial_state=start))
+    assert count(model).macs == STEPS * int(np.prod(layer.kernel.shape))
 
 
 @each
@@ -269,8 +293,31 @@ def test_tflite(make, tmp_path):
         (lambda: QRNN(3, name="q")(np.zeros((2, 3))), r"'q' takes \[batch, time, features\]"),
         (lambda: SRU(3, name="s")(keras.Input((4, None))), "known number of features"),
         (lambda: SRU(3, unroll=True)(keras.Input((None, 2))), "needs a known number of steps"),
+        (lambda: SRU(3, highway_bias=-1.0, use_bias=False), "-1.0 with use_bias=False"),
+        (
+            lambda: QRNN(3, name="q")(sequences(), initial_state=np.zeros((3, 2))),
+            r"'q' takes an initial_state \[batch, 3\], but got the shape \(3, 2\)",
+        ),
+        (
+            lambda: SRU(3, name="s")(sequences(), initial_state=[np.zeros((3, 3))] * 2),
+            "'s' has one state, but got 2",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: QRNN(2.5), "units must be int or integer, but got 2.5"),
+        (lambda: SRU("4"), "units must be int or integer, but got '4'"),
+        (lambda: QRNN(3, 1.5), "kernel_size must be int or integer, but got 1.5"),
+        (lambda: SRU(3, highway_bias="0"), "highway_bias must be a number"),
+    ],
+)
+def test_wrong_types_are_refused(call, message):
+    with pytest.raises(TypeError, match=message):
         call()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from tfaccel.architectures.recurrent import QRNN
+from tfaccel.architectures.recurrent import QRNN, SRU
 from tfaccel.architectures.sliced import SlicedRNN
 from tfaccel.export import to_tflite
 from tfaccel.measurement import TFLiteModel, count
@@ -15,7 +15,10 @@ TEMPLATES = {
     "LSTM": lambda **a: layers.LSTM(3, **a),
     "SimpleRNN": lambda **a: layers.SimpleRNN(3, **a),
     "QRNN": lambda **a: QRNN(3, **a),
+    "SRU": lambda **a: SRU(3, **a),
     "Bidirectional": lambda **a: layers.Bidirectional(layers.GRU(3, **a)),
+    "cell": lambda **a: layers.RNN(layers.LSTMCell(3), **a),
+    "stacked cells": lambda **a: layers.RNN([layers.GRUCell(4), layers.LSTMCell(3)], **a),
 }
 each = pytest.mark.parametrize("make", TEMPLATES.values(), ids=TEMPLATES)
 
@@ -111,11 +114,38 @@ def test_trains_and_survives_save_and_load(jit, tmp_path):
     assert loaded.get_layer("s").get_config() == model.get_layer("s").get_config()
 
 
-def test_macs_are_those_of_the_levels():
+@each
+def test_each_level_is_copied_and_loaded_with_its_own_shapes(make, tmp_path):
+    inputs = keras.Input((8, 5))
+    template = make()
+    template.build((None, 8, 5))  # which must not decide on the shapes of the upper levels
+    model = keras.Model(inputs, SlicedRNN(template, 2, 2, name="s")(inputs))
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    x = sequences(steps=8, features=5)
+    np.testing.assert_array_equal(loaded(x), model(x))
+    copied = keras.models.clone_model(model)
+    copied.set_weights(model.get_weights())
+    np.testing.assert_array_equal(copied(x), model(x))
+
+
+def test_half_precision_is_the_templates():
+    half = SlicedRNN(layers.GRU(3, dtype="mixed_bfloat16"), 2, 1)
+    x = sequences(steps=8)
+    assert keras.backend.standardize_dtype(half(x).dtype) == "bfloat16"
+    full = SlicedRNN(layers.GRU(3), 2, 1)
+    full.build(x.shape)
+    full.set_weights(half.get_weights())
+    np.testing.assert_allclose(keras.ops.cast(half(x), "float32"), full(x), atol=0.05)
+    assert half.compute_output_spec(keras.KerasTensor(x.shape)).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(("name", "gates"), [("SimpleRNN", 1), ("GRU", 3), ("LSTM", 4)])
+def test_macs_are_those_of_the_levels(name, gates):
     inputs = keras.Input((12, 4))
-    model = keras.Model(inputs, SlicedRNN(layers.SimpleRNN(3), 2, 1)(inputs))
-    # Level 0: 12 steps of 4 x 3 and 3 x 3; level 1: 2 steps of 3 x 3 twice.
-    assert count(model).macs == 12 * (4 * 3 + 3 * 3) + 2 * (3 * 3 + 3 * 3)
+    model = keras.Model(inputs, SlicedRNN(TEMPLATES[name](), 2, 1)(inputs))
+    # Level 0: 12 steps of 4 x 3 and 3 x 3 a gate; level 1: 2 steps of 3 x 3 twice.
+    assert count(model).macs == gates * (12 * (4 * 3 + 3 * 3) + 2 * (3 * 3 + 3 * 3))
 
 
 @pytest.mark.parametrize("name", ["GRU", "LSTM", "SimpleRNN", "QRNN"])
@@ -128,6 +158,7 @@ def test_tflite(name, tmp_path):
     floats = to_tflite(model, tmp_path / "f.tflite").path
     np.testing.assert_allclose(TFLiteModel(floats).predict(data), expected, atol=1e-4)
     artifact = to_tflite(model, tmp_path / "i.tflite", "int8", representative_data=data)
+    assert artifact.float_tensors == ()
     error = np.abs(TFLiteModel(artifact.path).predict(data) - expected) / expected.std()
     assert error.mean() < 0.08
 
@@ -140,6 +171,13 @@ def test_tflite(name, tmp_path):
         (lambda: SlicedRNN(layers.GRU(3, return_sequences=True)), ValueError, "last output only"),
         (lambda: SlicedRNN(layers.GRU(3, stateful=True)), ValueError, "stateful=True"),
         (lambda: SlicedRNN(layers.GRU(3), 0), ValueError, "slices must be above 0"),
+        (lambda: SlicedRNN(layers.GRU(3), 2.5), TypeError, "slices must be int or integer"),
+        (lambda: SlicedRNN(layers.GRU(3), 2, 1.5), TypeError, "levels must be int or integer"),
+        (
+            lambda: SlicedRNN(layers.GRU(3), dtype="mixed_bfloat16"),
+            ValueError,
+            "template's dtype, 'float32', but got dtype='mixed_bfloat16'",
+        ),
         (lambda: SlicedRNN(layers.GRU(3), 2, -1), ValueError, "levels must be 0 or above"),
         (
             lambda: SlicedRNN(layers.GRU(3), 2, 2, name="s")(keras.Input((10, 4))),

@@ -109,16 +109,19 @@ class SlicedRNN(keras.layers.Layer):
     def call(self, inputs: Any, mask: Any = None, training: bool | None = None) -> Any:
         """Runs the layer."""
         (_, steps, _), x = self._check_input(inputs.shape), inputs
+        batch, parts = inputs.shape[0], self.parts
         for layer in self.level_layers:
-            x = ops.reshape(x, (-1, steps, x.shape[-1]))
+            # A batch of known size stays so: converters fold what a state of zeros leads to.
+            count = -1 if batch is None else batch * parts
+            x = ops.reshape(x, (count, steps, x.shape[-1]))
             arguments: dict[str, Any] = {}
             if mask is not None:
-                mask = ops.reshape(mask, (-1, steps))
+                mask = ops.reshape(mask, (count, steps))
                 arguments["mask"] = mask
             x = layer(x, training=training, **arguments)
             if mask is not None:
                 mask = ops.any(mask, axis=-1)
-            steps = self.slices
+            steps, parts = self.slices, parts // self.slices
         return x
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> None:  # noqa: ARG002
