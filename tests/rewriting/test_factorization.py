@@ -12,9 +12,9 @@ from tfaccel.core.graph import flat_layers
 from tfaccel.core.transforms import transform_model
 from tfaccel.export import to_tflite
 from tfaccel.measurement import count, count_layers, measure
+from tfaccel.rewriting.calls import layer_calls
 from tfaccel.rewriting.factorization import factorize, plan_factorization
 from tfaccel.rewriting.factors import METHODS, Factorable, Geometry, Moments
-from tfaccel.rewriting.walking import layer_calls
 
 
 def normal(*shape, seed=0):

@@ -164,7 +164,7 @@ def test_batches_and_several_inputs_are_data_too():
         keras.Model({"left": left, "right": right}, layers.Dense(3, name="logits")(y))
     )
     x = {"left": varied((3, 3, 2), 70), "right": varied((3, 3, 2), 70, seed=2)}
-    whole = replace_head(model, x, batch_size=32)
+    whole = replace_head(model, x)
     parts = [({k: v[:50] for k, v in x.items()}, 0), ({k: v[50:] for k, v in x.items()}, 0)]
     for ours, theirs in zip(
         whole.get_weights(), replace_head(model, iter(parts)).get_weights(), strict=True

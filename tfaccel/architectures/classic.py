@@ -156,23 +156,7 @@ def VGG11(  # noqa: N802
 
     At 224 x 224 with 1,000 classes: 132,863,336 parameters, 7.61 billion multiply-accumulates.
 
-    Args:
-        input_shape: (height, width, channels) of one image.
-        classes: number of logits.
-        width: multiplier of all channels and of the default hidden units, each rounded to a
-            multiple of 8.
-        hidden: units of the dense layers before the last; by default (4096, 4096) for images of
-            more than 64 pixels, (512,) for smaller ones (Li et al. 2017).
-        batch_norm: puts batch normalization in place of the convolutions' biases.
-        dropout: share of features dropped after each hidden layer, in training.
-        classifier_activation: None for logits, "softmax" for probabilities.
-        name: name of the model.
-
-    Returns:
-        A new model from [batch, height, width, channels] to logits [batch, classes].
-
-    Raises:
-        ValueError: an argument is out of range.
+    Arguments, result and errors are those of `VGG16`.
     """
     check_network(input_shape, classes, width, dropout)
     head = (hidden, dropout, classifier_activation)
@@ -194,23 +178,7 @@ def VGG13(  # noqa: N802
 
     At 224 x 224 with 1,000 classes: 133,047,848 parameters, 11.31 billion multiply-accumulates.
 
-    Args:
-        input_shape: (height, width, channels) of one image.
-        classes: number of logits.
-        width: multiplier of all channels and of the default hidden units, each rounded to a
-            multiple of 8.
-        hidden: units of the dense layers before the last; by default (4096, 4096) for images of
-            more than 64 pixels, (512,) for smaller ones (Li et al. 2017).
-        batch_norm: puts batch normalization in place of the convolutions' biases.
-        dropout: share of features dropped after each hidden layer, in training.
-        classifier_activation: None for logits, "softmax" for probabilities.
-        name: name of the model.
-
-    Returns:
-        A new model from [batch, height, width, channels] to logits [batch, classes].
-
-    Raises:
-        ValueError: an argument is out of range.
+    Arguments, result and errors are those of `VGG16`.
     """
     check_network(input_shape, classes, width, dropout)
     head = (hidden, dropout, classifier_activation)
@@ -272,23 +240,7 @@ def VGG19(  # noqa: N802  named as in keras.applications
     At 224 x 224 with 1,000 classes: 143,667,240 parameters, 19.63 billion multiply-accumulates.
     It computes what keras.applications.VGG19 does, whose weights fit in the same order.
 
-    Args:
-        input_shape: (height, width, channels) of one image.
-        classes: number of logits.
-        width: multiplier of all channels and of the default hidden units, each rounded to a
-            multiple of 8.
-        hidden: units of the dense layers before the last; by default (4096, 4096) for images of
-            more than 64 pixels, (512,) for smaller ones (Li et al. 2017).
-        batch_norm: puts batch normalization in place of the convolutions' biases.
-        dropout: share of features dropped after each hidden layer, in training.
-        classifier_activation: None for logits, "softmax" for probabilities.
-        name: name of the model.
-
-    Returns:
-        A new model from [batch, height, width, channels] to logits [batch, classes].
-
-    Raises:
-        ValueError: an argument is out of range.
+    Arguments, result and errors are those of `VGG16`.
     """
     check_network(input_shape, classes, width, dropout)
     head = (hidden, dropout, classifier_activation)

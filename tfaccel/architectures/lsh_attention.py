@@ -126,12 +126,15 @@ class LSHSelfAttention(layers.Layer):
                 f"{self.name!r} needs inputs [batch, time, features], but got {input_shape}."
             )
         time, features = input_shape[1:]
-        if self.buckets is None and time is None:
+        if self.buckets is not None:
+            self.factors = self.buckets
+        elif time is not None:
+            self.factors = bucket_factors(time, self.bucket_size)
+        else:
             raise ValueError(
                 f"The number of buckets of {self.name!r} follows from the length of the sequence, "
                 "which is not known. Give keras.Input a fixed length, or the layer buckets=."
             )
-        self.factors = self.buckets or bucket_factors(time or 0, self.bucket_size)
         if time is not None and (prod(self.factors) + 2) * (time + self.bucket_size) >= 2**31:
             raise ValueError(
                 f"{time} positions in {prod(self.factors)} buckets are too many to sort as 32-bit "

@@ -252,23 +252,8 @@ def MobileNetV3Large(  # noqa: N802  named as in keras.applications
     figure). With `output_stride=32` it computes what keras.applications.MobileNetV3Large does
     without its rescaling: give it images in [-1, 1].
 
-    Args:
-        input_shape: (height, width, channels) of one image.
-        classes: number of logits.
-        width: multiplier of all channels, each rounded to a multiple of 8, but for the stem's 16.
-            The hidden layer at the end is not made narrower than published.
-        output_stride: 32 as published; 16 leaves out the stride of the stem, 8 that of the second
-            block too. By default 8 for images of up to 64 pixels, 32 for larger ones.
-        last_channels: units of the hidden layer at the end; by default the paper's 1,280.
-        dropout: share of features dropped before the last layer, in training.
-        classifier_activation: None for logits, "softmax" for probabilities.
-        name: name of the model.
-
-    Returns:
-        A new model from [batch, height, width, channels] to logits [batch, classes].
-
-    Raises:
-        ValueError: an argument is out of range.
+    Arguments, result and errors are those of `MobileNetV3Small`; `last_channels` is 1,280 in the
+    paper, and `output_stride=8` leaves out the stride of the second block.
     """
     check_network(input_shape, classes, width, dropout)
     stride = total_stride(input_shape, output_stride)

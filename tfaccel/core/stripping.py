@@ -1,13 +1,13 @@
 """Back to plain Keras: whatever tfaccel put into a model comes out, its effect baked in."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import keras
 
 from tfaccel.core.checks import check_model
 from tfaccel.core.cloning import clone_built
-from tfaccel.core.graph import Graph, map_models
 from tfaccel.core.transforms import TransformedLayer, weight_keys
+from tfaccel.core.walking import REMOVED, map_layers
 
 
 @runtime_checkable
@@ -38,20 +38,14 @@ def strip(model: keras.Model) -> keras.Model:
             that never ran).
     """
     check_model(model, "strip")
-    baked: dict[int, keras.layers.Layer] = {}
+    return map_layers(model, _plain)
 
-    def edit(graph: Graph) -> None:
-        _bake(graph, baked)
-        for layer in graph.layers():
-            if isinstance(layer, Strippable):
-                plain = layer.strip_layer()
-                if plain is not None:
-                    graph.replace_layer(layer, plain)
-                    continue
-                for node in graph.calls(layer):
-                    graph.remove(node)
 
-    return map_models(model, edit)
+def _plain(layer: keras.layers.Layer) -> Any:
+    plain = _baked(layer)
+    if isinstance(plain or layer, Strippable):
+        return (plain or layer).strip_layer() or REMOVED
+    return plain
 
 
 def bake_weights(model: keras.Model) -> keras.Model:
@@ -59,17 +53,11 @@ def bake_weights(model: keras.Model) -> keras.Model:
 
     Other layers of ours stay: export keeps the activations' ranges this way.
     """
-    baked: dict[int, keras.layers.Layer] = {}
-    return map_models(model, lambda graph: _bake(graph, baked))
+    return map_layers(model, _baked)
 
 
-def _bake(graph: Graph, baked: dict[int, keras.layers.Layer]) -> None:
-    """Bakes the layers of one graph; `baked` keeps one that several graphs share in one piece."""
-    for layer in graph.layers():
-        if isinstance(layer, TransformedLayer):
-            if id(layer) not in baked:
-                baked[id(layer)] = bake_layer(layer)
-            graph.replace_layer(layer, baked[id(layer)])
+def _baked(layer: keras.layers.Layer) -> keras.layers.Layer | None:
+    return bake_layer(layer) if isinstance(layer, TransformedLayer) else None
 
 
 def bake_layer(layer: TransformedLayer) -> keras.layers.Layer:

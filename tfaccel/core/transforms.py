@@ -16,7 +16,8 @@ import keras
 from tfaccel.core import keras_private
 from tfaccel.core.cloning import clone_built, recurrent_states
 from tfaccel.core.configurable import Configurable
-from tfaccel.core.graph import Graph, flat_layers, map_models
+from tfaccel.core.graph import flat_layers
+from tfaccel.core.walking import map_layers
 
 PRUNE, CLUSTER, QUANTIZE = range(3)
 
@@ -237,23 +238,12 @@ def transform_model(model: keras.Model, rules: Rules) -> keras.Model:
     Raises:
         ValueError: a weight has a transform of this class already, or a key names no weight.
     """
-    # A layer that several nested models share is wrapped once, and stays shared.
-    wrappers: dict[int, TransformedLayer] = {}
 
-    def edit(graph: Graph) -> None:
-        for layer in graph.layers():
-            if id(layer) in wrappers:
-                graph.replace_layer(layer, wrappers[id(layer)])
-                continue
-            if keras_private.has_graph(layer):  # a nested model, whose layers are done already
-                continue
-            wrapped = isinstance(layer, TransformedLayer)
-            new = rules(layer.layer if wrapped else layer)
-            if new:
-                wrappers[id(layer)] = wrap_layer(layer, new)
-                graph.replace_layer(layer, wrappers[id(layer)])
+    def wrapped(layer: keras.layers.Layer) -> TransformedLayer | None:
+        new = rules(layer.layer if isinstance(layer, TransformedLayer) else layer)
+        return wrap_layer(layer, new) if new else None
 
-    return map_models(model, edit)
+    return map_layers(model, wrapped)
 
 
 def transformed_layers(model: keras.Model) -> list[TransformedLayer]:

@@ -11,6 +11,11 @@ from tfaccel.export.freezing import STATES, end_names
 
 LOOPS = "loops and branches cannot be calibrated"
 
+_STATEFUL = (
+    "The layer changes its own state when it is called, which a file cannot. Let it do so in "
+    "training only, use stateful=False, or take it out."
+)
+
 # The first sign that an error's text holds decides.
 _REMEDIES = {
     LOOPS: (
@@ -21,10 +26,8 @@ _REMEDIES = {
         "LiteRT draws no random numbers. Let the layer draw them in training only "
         "(`if training:` in its call), or take it out."
     ),
-    STATES: (
-        "The layer changes its own state when it is called, which a file cannot. Let it do so in "
-        "training only, use stateful=False, or take it out."
-    ),
+    STATES: _STATEFUL,
+    "AssignVariableOp": _STATEFUL,  # to a variable that Keras does not know
     "TensorList": (
         "A recurrent layer converts for a fixed batch size only. Leave batch_size at 1, or give it "
         "unroll=True and keras.Input a fixed sequence length."

@@ -9,7 +9,8 @@ import keras
 
 from tfaccel.core import keras_private
 from tfaccel.core.cloning import copy_state, recurrent_states
-from tfaccel.core.graph import Graph, Tensor, flat_layers, map_models
+from tfaccel.core.graph import Graph, Tensor, flat_layers
+from tfaccel.core.walking import map_layers
 from tfaccel.quantization import FakeQuantize
 
 # What `tfaccel.export.diagnosis` knows these refusals by.
@@ -157,21 +158,19 @@ def to_float32(model: keras.Model) -> keras.Model:
     if all(_in_float32(x.get_config()) == x.get_config() for x in flat_layers(model)):
         return model
 
-    def edit(graph: Graph) -> None:
-        for layer in graph.layers():
-            config = layer.get_config()
-            plain = _in_float32(config)
-            if plain == config or keras_private.has_graph(layer):
-                continue
-            copy = type(layer).from_config(plain)
-            build_config = layer.get_build_config()
-            if build_config and not copy.built:
-                copy.build_from_config(build_config)
-            copy.built = True
-            copy_state(layer, copy)
-            graph.replace_layer(layer, copy)
+    def plain(layer: keras.layers.Layer) -> keras.layers.Layer | None:
+        config = layer.get_config()
+        if _in_float32(config) == config:
+            return None
+        copy = type(layer).from_config(_in_float32(config))
+        build_config = layer.get_build_config()
+        if build_config and not copy.built:
+            copy.build_from_config(build_config)
+        copy.built = True
+        copy_state(layer, copy)
+        return copy
 
-    return map_models(model, edit)
+    return map_layers(model, plain)
 
 
 def _in_float32(config: Any) -> Any:

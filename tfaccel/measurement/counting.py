@@ -14,7 +14,7 @@ from tfaccel.core.checks import check_file, check_model
 from tfaccel.core.graph import Graph
 from tfaccel.core.transforms import TransformedLayer
 from tfaccel.measurement.flatbuffer import TFLiteFile
-from tfaccel.measurement.layer_macs import walk
+from tfaccel.measurement.layer_macs import walk_macs
 from tfaccel.measurement.records import Counts, LayerCounts
 
 SampleShape = Sequence[int] | Sequence[Sequence[int]]
@@ -120,7 +120,7 @@ class _Row:
 def _tally(model: keras.Model, input_shape: SampleShape | None) -> list[_Row]:
     inputs, batch = _inputs(model, input_shape)
     rows: dict[int, _Row] = {}
-    for call, macs in walk(model, inputs):
+    for call, macs in walk_macs(model, inputs):
         of_sample = None if macs is None else macs // batch
         row = rows.setdefault(id(call.operation), _Row(call.operation, (), 0))
         row.output_shape = tuple(call.outputs[0][1:]) if call.outputs else ()

@@ -1,7 +1,7 @@
 """Multiply-accumulates of Keras layers and operations, by shapes alone."""
 
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -10,8 +10,8 @@ from keras import layers
 
 from tfaccel.core import keras_private
 from tfaccel.core.cloning import clone_built
-from tfaccel.core.graph import Graph, Tensor
 from tfaccel.core.transforms import TransformedLayer
+from tfaccel.core.walking import walk_shapes
 from tfaccel.measurement.einsum_macs import macs_of_einsum, macs_of_tensordot
 
 Shape = tuple[int, ...]
@@ -56,47 +56,25 @@ class Call:
         return dataclasses.replace(self, operation=operation)
 
 
-Walk = Generator[tuple[Call, int | None], None, list[keras.KerasTensor]]
-
-
-def walk(model: keras.Model, inputs: Sequence[keras.KerasTensor]) -> Walk:
+def walk_macs(
+    model: keras.Model, inputs: Sequence[keras.KerasTensor]
+) -> Iterator[tuple[Call, int | None]]:
     """Yields each call that a model makes, those of nested models in their place, and its MACs.
 
     Args:
         model: a model with a graph.
         inputs: one for each input of the model, batch dimension included; other sizes may be None.
-
-    Returns:
-        The outputs of the model.
     """
-    graph = Graph.read(model)
-    values = {id(t): value for t, value in zip(graph.inputs, inputs, strict=True)}
-    for node in graph.nodes:
-        if node.is_input:
-            continue
-
-        def to_value(leaf: Any) -> Any:
-            return values[id(leaf)] if isinstance(leaf, Tensor) else leaf
-
-        args = keras.tree.map_structure(to_value, node.args)
-        kwargs = keras.tree.map_structure(to_value, node.kwargs)
-        if keras_private.has_graph(node.operation):
-            given = [leaf for leaf in keras.tree.flatten((args, kwargs)) if _is_symbolic(leaf)]
-            outputs = yield from walk(node.operation, given)
-        else:
-            specs = node.operation.compute_output_spec(*args, **kwargs)
-            outputs = keras.tree.flatten(specs)
-            shapes = tuple(tuple(output.shape) for output in outputs)
-            call = Call(node.operation, args, kwargs, shapes)
-            yield call, macs_of_call(call)
-        values.update({id(t): value for t, value in zip(node.outputs, outputs, strict=True)})
-    return [values[id(tensor)] for tensor in graph.outputs]
+    for visit in walk_shapes(model, inputs):
+        shapes = tuple(tuple(output.shape) for output in visit.outputs)
+        call = Call(visit.node.operation, visit.args, visit.kwargs, shapes)
+        yield call, macs_of_call(call)
 
 
 def macs_of_model(model: keras.Model, inputs: Sequence[keras.KerasTensor]) -> int | None:
     """Returns the MACs of one call of a model, None if a size that matters is not known."""
     total = 0
-    for _, macs in walk(model, inputs):
+    for _, macs in walk_macs(model, inputs):
         if macs is None:
             return None
         total += macs

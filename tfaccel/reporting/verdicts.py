@@ -8,6 +8,7 @@ import keras
 from tfaccel.core.graph import Graph, Node, flat_layers
 from tfaccel.core.stripping import bake_weights
 from tfaccel.core.transforms import transformed_layers
+from tfaccel.core.walking import read_graphs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ def judge_folding(model: keras.Model) -> dict[str, Verdict]:
     if not is_quantization_aware(model):  # of which export folds nothing forward
         left = {layer.name for layer in flat_layers(fold_batch_norm(plain))}
     verdicts: dict[str, Verdict] = {}
-    for graph in _graphs(plain):
+    for graph in read_graphs(plain):
         for node in graph.nodes:
             if node.is_input or node.is_model or node.layer is None:
                 continue
@@ -126,12 +127,6 @@ def _why_not_folded(graph: Graph, node: Node, source: Node) -> str:
     if activation is not keras.activations.linear:
         return f"{source.name!r} has an activation of its own between them"
     return f"{source.name!r} ({type(source.layer).__name__}) cannot take it over"
-
-
-def _graphs(model: keras.Model) -> list[Graph]:
-    graph = Graph.read(model)
-    nested = {id(node.operation): node.operation for node in graph.nodes if node.is_model}
-    return [graph, *(inner for m in nested.values() for inner in _graphs(m))]
 
 
 TECHNIQUES: Mapping[str, Judge] = {

@@ -11,7 +11,7 @@ from keras import layers
 from tfaccel.core.cloning import clone_operation
 from tfaccel.core.graph import flat_layers
 from tfaccel.core.transforms import TransformedLayer
-from tfaccel.rewriting.walking import LayerCall
+from tfaccel.rewriting.calls import LayerCall
 
 Array = npt.NDArray[Any]
 

@@ -10,6 +10,7 @@ import numpy as np
 from tfaccel.core.checks import check_in, check_model, check_positive
 from tfaccel.core.graph import Graph, flat_layers, map_models
 from tfaccel.core.selection import Selector, select_layers
+from tfaccel.rewriting.calls import LayerCall, layer_calls, macs_of_calls
 from tfaccel.rewriting.chains import why_not, wrapped_layers
 from tfaccel.rewriting.factors import METHODS, Factorable, Geometry, Method, Moments
 from tfaccel.rewriting.plans import LayerPlan, left_alone
@@ -23,7 +24,6 @@ from tfaccel.rewriting.ranks import (
 )
 from tfaccel.rewriting.sampling import Batch, PatchSampler, gather_batches, outputs_of, visit
 from tfaccel.rewriting.targets import Cost, Target
-from tfaccel.rewriting.walking import LayerCall, layer_calls, macs_of_calls
 
 KERNEL_METHODS = ("auto", "tucker", "spatial")
 PATCHES = 8192  # of each layer's input, which moments are taken over

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from keras import layers
 
+from tfaccel.rewriting.calls import LayerCall, sides_of
 from tfaccel.rewriting.chains import ChainBuilder
 from tfaccel.rewriting.decomposition import Array, Svd, Tucker2, whitening
-from tfaccel.rewriting.walking import LayerCall, sides_of
 
 _UNKNOWN = 64  # stands for a size that the model leaves open, where only ratios matter
 

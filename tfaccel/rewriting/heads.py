@@ -14,6 +14,7 @@ from tfaccel.core import keras_private
 from tfaccel.core.checks import check_model
 from tfaccel.core.cloning import clone_operation
 from tfaccel.core.graph import Graph, Node, Tensor, map_models
+from tfaccel.rewriting.sampling import Batch, gather_batches
 
 Array = npt.NDArray[Any]
 
@@ -46,7 +47,12 @@ _SHARED_CONFIG = (
 
 
 def replace_head(
-    model: keras.Model, data: Any = None, *, ridge: float = 1e-3, batch_size: int = 32
+    model: keras.Model,
+    data: Any = None,
+    *,
+    ridge: float = 1e-3,
+    samples: int = 512,
+    seed: int = 0,
 ) -> keras.Model:
     """Turns a head of dense layers on flattened features into 1x1 convolutions and an average.
 
@@ -68,10 +74,11 @@ def replace_head(
     Args:
         model: a built Functional or Sequential model; not changed. All heads are replaced, also
             those of nested models.
-        data: samples [samples, ...] (for several inputs, a list or dict of such) or an iterable of
-            batches, x or (x, y); None uses the weights alone.
+        data: samples [samples, ...], (x, y), for several inputs a list or dict of arrays, or a
+            tf.data.Dataset of batches; None uses the weights alone.
         ridge: weight of that penalty, relative to the mean square of the features.
-        batch_size: of samples that are run at once.
+        samples: how many samples of `data` are used at most.
+        seed: of the choice of samples.
 
     Returns:
         The rewritten model. The convolution of the last dense layer is called "<name>_conv", and
@@ -105,7 +112,8 @@ def replace_head(
         kinds = ", ".join(sorted({type(layer).__name__ for layer in Graph.read(model).layers()}))
         raise ValueError(f"{model.name!r} has no head to replace. {_LOOKED_FOR} It has {kinds}.")
     if data is not None:
-        _fit(model, replaced, outer, list(_batches(data, batch_size)), ridge)
+        batches = gather_batches(model, data, samples, seed, "replace_head")
+        _fit(model, replaced, outer, batches, ridge)
     return replaced
 
 
@@ -291,7 +299,7 @@ def _numpy(value: Any) -> Array:
 
 
 def _fit(
-    old: keras.Model, new: keras.Model, heads: Sequence[_Head], batches: list[Any], ridge: float
+    old: keras.Model, new: keras.Model, heads: Sequence[_Head], batches: list[Batch], ridge: float
 ) -> None:
     """Fits the first and the last convolution of each new head to what the old layers computed."""
     for head in heads:
@@ -322,18 +330,8 @@ def _solve(conv: Any, inputs: Array, targets: Array, ridge: float) -> None:
         conv.bias.assign(rest_center - center @ step)
 
 
-def _run(model: keras.Model, tensor: Any, batches: list[Any]) -> Array:
-    inner = keras.Model(keras_private.functional_of(model).input, tensor)
-    return np.concatenate([_numpy(inner(batch, training=False)) for batch in batches])
-
-
-def _batches(data: Any, size: int) -> Iterator[Any]:
-    """Yields batches of x; raises ValueError if there is none."""
-    arrays = keras.tree.flatten(data)
-    if isinstance(data, (np.ndarray, list, dict)) or hasattr(data, "shape"):
-        for begin in range(0, len(arrays[0]), size):
-            stop = begin + size
-            yield keras.tree.map_structure(lambda x, a=begin, b=stop: x[a:b], data)
-        return
-    for batch in data:
-        yield batch[0] if isinstance(batch, tuple) else batch
+def _run(model: keras.Model, tensor: Any, batches: list[Batch]) -> Array:
+    structure = keras_private.functional_of(model).input
+    inner = keras.Model(structure, tensor)
+    given = (keras.tree.pack_sequence_as(structure, batch) for batch in batches)
+    return np.concatenate([_numpy(inner(x, training=False)) for x in given])

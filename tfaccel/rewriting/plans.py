@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from tfaccel.rewriting.walking import LayerCall, macs_of_calls
+from tfaccel.rewriting.calls import LayerCall, macs_of_calls
 
 
 @dataclasses.dataclass(frozen=True)

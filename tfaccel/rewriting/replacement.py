@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import keras
@@ -13,7 +13,8 @@ from tfaccel.core.cloning import clone_built, clone_operation
 from tfaccel.core.graph import Graph, Node, flat_layers, map_models
 from tfaccel.core.nodes import is_tensor, map_tree
 from tfaccel.core.selection import Selector, select_layers
-from tfaccel.core.transforms import TransformedLayer
+from tfaccel.core.walking import read_graphs
+from tfaccel.rewriting.chains import wrapped_layers
 
 LayerClass = type[keras.layers.Layer]
 Match = Selector | LayerClass | tuple[LayerClass, ...]
@@ -62,9 +63,9 @@ def replace_layers(model: keras.Model, match: Match, build: Callable[[Any], Any]
     'ELU'
     """
     check_model(model, "replace_layers")
-    wrapped = _wrappers(model)
+    wrapped = wrapped_layers(model)
     plans: dict[int, _Plan] = {}
-    names = {node.name for graph in _graphs(model) for node in graph.nodes}
+    names = {node.name for graph in read_graphs(model) for node in graph.nodes}
     for choice in select_layers(model, include=_selector(model, match)):
         if not choice.chosen:
             continue
@@ -130,23 +131,6 @@ def _of_classes(classes: tuple[Any, ...]) -> Callable[[keras.layers.Layer], bool
     return lambda layer: isinstance(layer, classes)
 
 
-def _graphs(model: keras.Model) -> Iterator[Graph]:
-    """Yields the graphs of a model and of its nested models, each model's once."""
-    waiting, seen = [model], {id(model)}
-    while waiting:
-        graph = Graph.read(waiting.pop())
-        yield graph
-        for layer in graph.layers():
-            nested = isinstance(layer, keras.Model) and keras_private.has_graph(layer)
-            if nested and id(layer) not in seen:
-                seen.add(id(layer))
-                waiting.append(layer)
-
-
-def _wrappers(model: keras.Model) -> set[int]:
-    return {id(layer.layer) for layer in flat_layers(model) if isinstance(layer, TransformedLayer)}
-
-
 # Checks, before anything is rebuilt
 
 
@@ -204,7 +188,7 @@ def _fit(plan: _Plan, model: keras.Model) -> None:
     """Tries the chain on every call of the old layer, and finds who takes its weights over."""
     layer = plan.layer
     weights = [tuple(weight.shape) for weight in layer.weights]
-    for graph in _graphs(model):
+    for graph in read_graphs(model):
         for node in graph.calls(layer):
             tried = _try(plan, node)
             for new, trial in zip(plan.chain, tried, strict=True):

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from tfaccel.core.checks import check_positive
 from tfaccel.core.cloning import recurrent_states
 from tfaccel.core.graph import Graph
-from tfaccel.rewriting.walking import Call, Visit, walk
+from tfaccel.core.walking import Call, Visit, walk
 
 Array = npt.NDArray[Any]
 Batch = list[Array]  # one array for each input of the model

@@ -11,12 +11,12 @@ from keras import layers
 from tfaccel.core.checks import check_model, check_positive
 from tfaccel.core.graph import Graph, flat_layers, map_models
 from tfaccel.core.selection import Choice, Selector, select_layers
+from tfaccel.rewriting.calls import LayerCall, layer_calls
 from tfaccel.rewriting.chains import ChainBuilder, why_not, wrapped_layers
 from tfaccel.rewriting.factors import Geometry
 from tfaccel.rewriting.least_squares import SeparableFit, split_channels
 from tfaccel.rewriting.plans import LayerPlan, left_alone
 from tfaccel.rewriting.sampling import Batch, PatchSampler, gather_batches, visit
-from tfaccel.rewriting.walking import LayerCall, layer_calls
 
 Chains = dict[int, list[keras.layers.Layer]]
 

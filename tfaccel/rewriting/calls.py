@@ -1,33 +1,18 @@
-"""A walk through a model, call by call, with shapes or with real activations."""
+"""The calls of the layers of a model: their shapes and what they cost."""
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
 import keras
 from keras import layers
 
-from tfaccel.core import keras_private
-from tfaccel.core.graph import Graph, Node
+from tfaccel.core.graph import Graph
 from tfaccel.core.transforms import TransformedLayer
+from tfaccel.core.walking import Visit, walk_shapes
 
 Shape = tuple[int | None, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Visit:
-    """One call on the way.
-
-    Attributes:
-        node: the call, of the graph of the model or of a nested one.
-        inputs: its tensors, flat.
-        outputs: what it gives, flat.
-    """
-
-    node: Node
-    inputs: Sequence[Any]
-    outputs: Sequence[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,53 +32,12 @@ class LayerCall:
     plain: bool
 
 
-Call = Callable[..., Any]
-
-
-def walk(
-    model: keras.Model, inputs: Sequence[Any], call: Call
-) -> Generator[Visit, None, Sequence[Any]]:
-    """Yields each call that a model makes, those of nested models in their place.
-
-    Args:
-        model: a model with a graph.
-        inputs: one value for each input of the model.
-        call: `call(operation, *args, **kwargs)` gives the outputs of an operation.
-
-    Returns:
-        The outputs of the model.
-    """
-    graph = Graph.read(model)
-    values = {id(t): value for t, value in zip(graph.inputs, inputs, strict=True)}
-
-    def to_value(leaf: Any) -> Any:
-        return values.get(id(leaf), leaf)
-
-    for node in graph.nodes:
-        if node.is_input:
-            continue
-        given = [values[id(tensor)] for tensor in node.inputs]
-        if keras_private.has_graph(node.operation):
-            outputs = yield from walk(node.operation, given, call)
-        else:
-            args = keras.tree.map_structure(to_value, node.args)
-            kwargs = keras.tree.map_structure(to_value, node.kwargs)
-            outputs = keras.tree.flatten(call(node.operation, *args, **kwargs))
-            yield Visit(node, given, outputs)
-        values.update({id(t): value for t, value in zip(node.outputs, outputs, strict=True)})
-    return [values[id(tensor)] for tensor in graph.outputs]
-
-
 def layer_calls(model: keras.Model) -> tuple[list[LayerCall], int]:
     """Returns the calls of all layers of a model, with shapes, and the batch size in them."""
     tensors = Graph.read(model).inputs
     batch = tensors[0].shape[0] or 1
     specs = [keras.KerasTensor((batch, *t.shape[1:]), dtype=t.dtype) for t in tensors]
-
-    def spec(operation: Any, *args: Any, **kwargs: Any) -> Any:
-        return operation.compute_output_spec(*args, **kwargs)
-
-    return list(_shapes(walk(model, specs, spec))), batch
+    return list(_shapes(walk_shapes(model, specs))), batch
 
 
 def _shapes(visits: Iterator[Visit]) -> Iterator[LayerCall]:
