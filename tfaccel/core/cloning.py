@@ -14,19 +14,23 @@ import keras
 from tfaccel.core import keras_private
 
 
-def clone_operation(operation: Any) -> Any:
+def clone_operation(operation: Any, config: dict[str, Any] | None = None) -> Any:
     """Returns a new layer or operation of the same config and name, without the weights.
 
     It is not built yet, unless its class says by itself how (`build_from_config`), as a layer does
     whose weights do not follow from the shape of its inputs. Classes and functions that the layer
     holds need not be registered with Keras.
 
+    Args:
+        operation: a layer or functional operation.
+        config: what the copy is made from instead, if it is to differ; such a copy is not built.
+
     Raises:
         ValueError: it has no config that it could be made from.
     """
     try:
         with _deserializing_what(operation):
-            clone = type(operation).from_config(operation.get_config())
+            clone = type(operation).from_config(config or operation.get_config())
     except (NotImplementedError, TypeError, ValueError) as error:
         cause = error.__context__ or error
         why = textwrap.shorten(str(cause) or type(cause).__name__, 200)
@@ -40,7 +44,7 @@ def clone_operation(operation: Any) -> Any:
         clone.optional = operation.optional
     if isinstance(operation, keras.layers.Layer):
         _share_lambdas(operation, clone)
-        if keras_private.says_how_it_is_built(operation):
+        if config is None and keras_private.says_how_it_is_built(operation):
             _build_like(operation, clone)
     return clone
 

@@ -2,14 +2,27 @@
 
 from tfaccel.core.schedules import ConstantSparsity, PolynomialDecay
 from tfaccel.pruning.callbacks import UpdatePruning, update_masks
+from tfaccel.pruning.channels import Sensitivity, prune_channels, sensitivity
+from tfaccel.pruning.dependencies import ChannelGroup, ChannelMap, read_channels
+from tfaccel.pruning.recalibration import penalize_batch_norm, recalibrate_batch_norm
+from tfaccel.pruning.shrinking import shrink
 from tfaccel.pruning.unstructured import PruningMask, prune, selection_for
 
 __all__ = [
+    "ChannelGroup",
+    "ChannelMap",
     "ConstantSparsity",
     "PolynomialDecay",
     "PruningMask",
+    "Sensitivity",
     "UpdatePruning",
+    "penalize_batch_norm",
     "prune",
+    "prune_channels",
+    "read_channels",
+    "recalibrate_batch_norm",
     "selection_for",
+    "sensitivity",
+    "shrink",
     "update_masks",
 ]
