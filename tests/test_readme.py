@@ -52,7 +52,19 @@ def test_rewriting_runs_as_it_stands(capsys):
     assert count(names["light"]).macs <= 0.5 * count(names["folded"]).macs
     assert names["light"].get_layer("swish").activation is keras.activations.hard_swish
     assert "swish" in capsys.readouterr().out
-    assert len(blocks()) == 3  # each is run here
+
+
+def test_removing_channels_runs_as_it_stands(capsys):
+    inputs = keras.Input(make_data(1)[0].shape[1:])
+    x = keras.layers.Conv2D(32, 3, use_bias=False, name="first")(inputs)
+    x = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
+    x = keras.layers.Conv2D(32, 3, activation="relu", name="second")(x)
+    pooled = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(inputs, keras.layers.Dense(4, name="logits")(pooled))
+    names = run("import keras, tfaccel\n" + blocks()[3], model)
+    assert count(names["small"]).macs <= 0.5 * count(model).macs
+    assert "'logits': \"an output of" in capsys.readouterr().out
+    assert len(blocks()) == 4  # each is run here
 
 
 def test_commands_exist_with_their_options():

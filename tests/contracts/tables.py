@@ -14,6 +14,7 @@ from keras import layers
 
 import tfaccel
 from tests.core.transform_samples import Neutral, all_weights
+from tfaccel.core.graph import flat_layers
 from tfaccel.core.transforms import transform_model
 from tfaccel.distributed import callbacks
 from tfaccel.quantization import quantize_aware
@@ -107,12 +108,14 @@ class Rewrite:
         keeps_outputs: the largest difference of the outputs that the rewrite may make by itself, or
             None if it changes them.
         strips_exactly: whether `strip` gives the same outputs (fake-quantized activations do not).
+        keeps_shapes: whether kernels that are let stand keep their shapes; else they lose rows.
     """
 
     apply: Callable[[keras.Model], keras.Model]
     callbacks: Callable[[], list[Any]] = list
     keeps_outputs: float | None = None
     strips_exactly: bool = True
+    keeps_shapes: bool = True
 
 
 def prune(model: keras.Model) -> keras.Model:
@@ -123,6 +126,13 @@ def prune(model: keras.Model) -> keras.Model:
 def update_pruning() -> list[Any]:
     """The callback that pruning needs."""
     return [tfaccel.pruning.UpdatePruning()]
+
+
+def penalize_where_there_is_batch_norm(model: keras.Model) -> keras.Model:
+    """What `penalize_batch_norm` refuses is given back as a copy."""
+    if not any(isinstance(x, layers.BatchNormalization) for x in flat_layers(model)):
+        return tfaccel.strip(model)
+    return tfaccel.pruning.penalize_batch_norm(model)
 
 
 REWRITES: dict[str, Rewrite] = {
@@ -140,6 +150,11 @@ REWRITES: dict[str, Rewrite] = {
         ),
         keeps_outputs=1e-5,
     ),
+    "prune_channels": Rewrite(
+        lambda m: tfaccel.pruning.prune_channels(m, {"parameters": 0.6}, multiple_of=1),
+        keeps_shapes=False,
+    ),
+    "penalize_batch_norm": Rewrite(penalize_where_there_is_batch_norm, keeps_outputs=0.0),
     "prune": Rewrite(prune, update_pruning),
     "quantize_aware": Rewrite(quantize_aware, strips_exactly=False),
     "prune_then_quantize_aware": Rewrite(
