@@ -53,6 +53,17 @@ def test_targets_are_reached_and_not_by_far(target, allocation):
     assert 0.45 * before < after <= 0.5 * before
 
 
+def test_blocks_that_need_not_go_are_given_back():
+    # At one share of all, each of the ten convolutions would lose its second block of 8 channels.
+    model = chain((16,) * 10)
+    smaller = pruning.prune_channels(model, {"macs": 0.7}, "l1", allocation="uniform")
+    before, after = (tfaccel.measurement.count(m).macs for m in (model, smaller))
+    assert 0.6 * before < after <= 0.7 * before
+    kept = [smaller.get_layer(f"conv_{number}").filters for number in range(10)]
+    assert kept == sorted(kept, reverse=True)
+    assert set(kept) == {8, 16}
+
+
 def test_a_cost_of_ones_own():
     model = chain()
     asked = []

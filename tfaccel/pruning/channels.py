@@ -201,31 +201,41 @@ class _Plan:
         wanted: float,
     ) -> keras.Model:
         """Returns the model that loses least and costs at most `wanted`."""
-        low, high = 0.0, 1.0  # share removed: too little, enough
         tried: dict[tuple[int, ...], tuple[keras.Model, float]] = {}
 
-        def attempt(share: float) -> tuple[keras.Model, float]:
-            counts = self.counts(allocation, share)
+        def attempt(counts: tuple[int, ...]) -> float:
             if counts not in tried:
                 smaller = shrink(model, channels, self.removed(counts))
                 tried[counts] = (smaller, measure(smaller))
-            return tried[counts]
+            return tried[counts][1]
 
-        best, lowest = attempt(1.0)
-        if lowest > wanted:
+        more, fewer = self.counts(allocation, 0.0), self.counts(allocation, 1.0)
+        if attempt(fewer) > wanted:
             raise ValueError(
                 f"The target is out of reach: it asks for {wanted:.6g}, but with everything gone "
-                f"that may go the model still costs {lowest:.6g}. Lower at_least "
+                f"that may go the model still costs {attempt(fewer):.6g}. Lower at_least "
                 f"(now {self.at_least}), lower multiple_of (now {self.multiple_of}), or aim lower."
             )
+        low, high = 0.0, 1.0  # share removed: too little, enough
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            smaller, found = attempt(middle)
-            if found <= wanted:
-                high, best = middle, smaller
+            counts = self.counts(allocation, middle)
+            if attempt(counts) <= wanted:
+                high, fewer = middle, counts
             else:
-                low = middle
-        return best
+                low, more = middle, counts
+        # Where several groups lose a block of channels at one share, not all of them need to: the
+        # first ones, which are more sensitive as a rule, get theirs back as far as the cost allows.
+        given, refused = 0, len(fewer) + 1
+        while refused - given > 1:
+            first = (given + refused) // 2
+            if attempt((*more[:first], *fewer[first:])) <= wanted:
+                given = first
+            else:
+                refused = first
+        best = (*more[:given], *fewer[given:])
+        attempt(best)
+        return tried[best][0]
 
     def counts(self, allocation: str, share: float) -> tuple[int, ...]:
         """Returns how many channels each group keeps if a share of all goes."""

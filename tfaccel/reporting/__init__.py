@@ -1,5 +1,6 @@
 """What was measured and what is in a model, as tables, pages and listings."""
 
+from tfaccel.reporting.curves import plot_sensitivity
 from tfaccel.reporting.inspection import (
     Inspection,
     LayerChange,
@@ -21,6 +22,7 @@ __all__ = [
     "diff",
     "inspect",
     "make_table",
+    "plot_sensitivity",
     "render_html",
     "summarize",
 ]
