@@ -26,6 +26,7 @@ class Registry(Generic[T]):
         self._kind = kind
         self._base = base
         self._factories: dict[str, Callable[[], T]] = {}
+        self._families: dict[str, Callable[[str], T | None]] = {}
 
     def register(self, name: str) -> Callable[[Callable[[], T]], Callable[[], T]]:
         """Returns a decorator that makes a class or factory known as `name`."""
@@ -38,8 +39,21 @@ class Registry(Generic[T]):
 
         return decorate
 
+    def family(self, form: str) -> Callable[[Callable[[str], T | None]], Callable[[str], T | None]]:
+        """Returns a decorator for a function that reads names of one form, such as "2:4".
+
+        Args:
+            form: what such a name looks like, in an error.
+        """
+
+        def decorate(read: Callable[[str], T | None]) -> Callable[[str], T | None]:
+            self._families[form] = read
+            return read
+
+        return decorate
+
     def names(self) -> list[str]:
-        """Returns the known names, sorted."""
+        """Returns the known names, sorted; those of a family are not among them."""
         return sorted(self._factories)
 
     def get(self, identifier: str | dict[str, Any] | T) -> T:
@@ -51,19 +65,26 @@ class Registry(Generic[T]):
         if isinstance(identifier, self._base):
             return identifier
         if isinstance(identifier, str):
-            if identifier not in self._factories:
-                close = difflib.get_close_matches(identifier, self._factories, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise ValueError(
-                    f"There is no {self._kind} {identifier!r}. "
-                    f"Known are: {', '.join(self.names())}.{hint}"
-                )
-            return self._factories[identifier]()
+            return self._named(identifier)
         if isinstance(identifier, dict):
             part = keras.saving.deserialize_keras_object(identifier)
             if isinstance(part, self._base):
                 return part
         raise ValueError(
-            f"A {self._kind} is a name ({', '.join(self.names())}), a Keras config or a "
+            f"A {self._kind} is a name ({self._known()}), a Keras config or a "
             f"{self._base.__name__}; got {identifier!r}."
         )
+
+    def _named(self, name: str) -> T:
+        if name in self._factories:
+            return self._factories[name]()
+        for read in self._families.values():
+            part = read(name)
+            if part is not None:
+                return part
+        close = difflib.get_close_matches(name, self._factories, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"There is no {self._kind} {name!r}. Known are: {self._known()}.{hint}")
+
+    def _known(self) -> str:
+        return ", ".join([*self.names(), *self._families])

@@ -4,9 +4,11 @@ from tfaccel.core.schedules import ConstantSparsity, PolynomialDecay
 from tfaccel.pruning.callbacks import UpdatePruning, update_masks
 from tfaccel.pruning.channels import Sensitivity, prune_channels, sensitivity
 from tfaccel.pruning.dependencies import ChannelGroup, ChannelMap, read_channels
+from tfaccel.pruning.kernels import selection_for
+from tfaccel.pruning.masks import PruningMask
 from tfaccel.pruning.recalibration import penalize_batch_norm, recalibrate_batch_norm
 from tfaccel.pruning.shrinking import shrink
-from tfaccel.pruning.unstructured import PruningMask, prune, selection_for
+from tfaccel.pruning.unstructured import prune
 
 __all__ = [
     "ChannelGroup",

@@ -10,7 +10,9 @@ import numpy as np
 from tfaccel.core import schedules
 from tfaccel.core.checks import check_type
 from tfaccel.core.transforms import TransformedLayer, transformed_layers
-from tfaccel.pruning.unstructured import PruningMask
+from tfaccel.pruning.criteria import LEARNED
+from tfaccel.pruning.layouts import layout_of
+from tfaccel.pruning.masks import PruningMask
 
 _Place = tuple[TransformedLayer, str, PruningMask]
 
@@ -21,30 +23,34 @@ class _Group:
     def __init__(self, places: Sequence[_Place]) -> None:
         self._places = places
         mask = places[0][2]
-        self.schedule, self._pattern, self._criterion = mask.schedule, mask.pattern, mask.criterion
+        self.schedule, self._pattern = mask.schedule, mask.pattern
+        # Scores that learn do so by the raw weight, which must then stay as it is.
+        self._keeps_raw = mask.criterion.source == LEARNED
+        self._layouts = [layout_of(layer.layer, key) for layer, key, _ in places]
         self.last = max(mask.last_step for _, _, mask in places)
 
     def settle(self, step: int) -> None:
         """Decides the masks as the schedule's last turn up to `step` wants them."""
         due = schedules.last_due(self.schedule, self.last, step)
-        if due is None:
-            return
-        sparsity = float(self.schedule(due)[1])
-        weights = [
-            keras.ops.convert_to_numpy(layer.variable(key)) for layer, key, _ in self._places
-        ]
-        scores = [
-            self._criterion(weight, mask.seed)
-            for weight, (_, _, mask) in zip(weights, self._places, strict=True)
-        ]
+        if due is not None:
+            self.decide(float(self.schedule(due)[1]), due)
+
+    def decide(self, sparsity: float, step: int) -> None:
+        """Decides the masks of a sparsity."""
+        scores = []
+        for (layer, key, mask), layout in zip(self._places, self._layouts, strict=True):
+            weight = keras.ops.convert_to_numpy(layer.variable(key))
+            scores.append(layout.stacked(mask.scores(weight)))
         decided = self._pattern.masks(scores, sparsity)
-        for mask, (_, _, transform) in zip(decided, self._places, strict=True):
-            transform.decide(mask, due)
-        self.last = due
+        for kept, layout, (_, _, mask) in zip(decided, self._layouts, self._places, strict=True):
+            mask.decide(layout.unstacked(kept), step)
+        self.last = step
         self.zero()
 
     def zero(self) -> None:
         """Sets the raw weights to zero where they are pruned."""
+        if self._keeps_raw:
+            return
         for layer, key, transform in self._places:
             variable = layer.variable(key)
             weight = keras.ops.convert_to_numpy(variable)
@@ -67,7 +73,7 @@ def update_masks(model: keras.Model, step: int) -> None:
         ValueError: the model has no masks.
     """
     check_type("step", step, (int, np.integer))
-    for group in _groups(model, "update_masks()"):
+    for group in groups_of(model, "update_masks()"):
         group.settle(int(step))
 
 
@@ -103,7 +109,7 @@ class UpdatePruning(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Finds the masks."""
-        self._groups = _groups(self.model, "UpdatePruning")
+        self._groups = groups_of(self.model, "UpdatePruning")
         self._waits = 0
         self._offset = 0
         self._offset = max(0, max(group.last for group in self._groups) - self._updates())
@@ -159,7 +165,12 @@ class UpdatePruning(keras.callbacks.Callback):
 _NEVER = 2**31
 
 
-def _groups(model: keras.Model, who: str) -> list[_Group]:
+def groups_of(model: keras.Model, who: str) -> list[_Group]:
+    """Returns the masks of a model in groups that are decided together.
+
+    Raises:
+        ValueError: the model has none; `who` begins the error.
+    """
     # The teacher of a Distiller may be a pruned model too, and is left as it is.
     trained = model.student if isinstance(model, keras.distillation.Distiller) else model
     places = [

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tfaccel.core.registry import Registry
 from tfaccel.core.transforms import weight_keys
 from tfaccel.pruning.dependencies import ChannelGroup, ChannelMap
+from tfaccel.pruning.gradients import gradient_products
 from tfaccel.pruning.tracing import CARRIES, CONSUMES, PRODUCES, Site
 from tfaccel.rewriting.sampling import gather_batches, visit
 
@@ -53,42 +54,9 @@ class Evidence:
     @cached_property
     def products(self) -> list[dict[int, Array]]:
         """For each batch, by the id of a variable, gradient times weight of the mean loss."""
-        import tensorflow as tf
-
-        if self.loss is None or not isinstance(self.data, tuple) or len(self.data) != 2:
-            raise ValueError(
-                "The criterion 'taylor' needs data=(x, y) and a loss, such as "
-                "loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), but got "
-                f"data of type {type(self.data).__name__} and loss={self.loss!r}."
-            )
-        if keras.backend.backend() != "tensorflow":
-            raise ValueError(
-                "The criterion 'taylor' takes gradients with TensorFlow, but Keras runs on "
-                f"{keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow."
-            )
-        loss = keras.losses.get(self.loss)
-        x, y = self.data
-        found = []
-        variables = [v for v in self.model.variables if "float" in v.dtype]
-        labels = np.asarray(y)
-        chosen = np.sort(np.random.default_rng(self.seed).permutation(len(labels))[: self.samples])
-        x = keras.tree.map_structure(lambda leaf: np.asarray(leaf)[chosen], x)
-        labels = labels[chosen]
-        for start in range(0, len(labels), _BATCH):
-            part = slice(start, start + _BATCH)
-            batch = keras.tree.map_structure(lambda leaf, part=part: leaf[part], x)
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch([v.value for v in variables])
-                value = tf.reduce_mean(loss(labels[part], self.model(batch, training=False)))
-            gradients = tape.gradient(value, [v.value for v in variables])
-            found.append(
-                {
-                    id(v): keras.ops.convert_to_numpy(tf.convert_to_tensor(g) * v.value)
-                    for v, g in zip(variables, gradients, strict=True)
-                    if g is not None
-                }
-            )
-        return found
+        return gradient_products(
+            self.model, self.data, self.loss, self.samples, self.seed, "The criterion 'taylor'"
+        )
 
     @cached_property
     def activations(self) -> dict[int, tuple[Array, Array]]:
@@ -277,9 +245,6 @@ class RandomChannels(ChannelCriterion):
     def __call__(self, group: ChannelGroup, evidence: Evidence) -> Scores:
         """Returns scores drawn from [0, 1), of the same mean in each group."""
         return np.random.default_rng([evidence.seed, *group.units[:4]]).random(group.size)
-
-
-_BATCH = 32
 
 
 def _produced(group: ChannelGroup) -> Sequence[Site]:

@@ -30,7 +30,7 @@ Judge = Callable[[keras.Model], Mapping[str, Verdict]]
 def judge_pruning(model: keras.Model) -> dict[str, Verdict]:
     """Returns what `pruning.prune` would do to each layer, by default."""
     from tfaccel.pruning import selection_for
-    from tfaccel.pruning.unstructured import PruningMask
+    from tfaccel.pruning.masks import PruningMask
 
     verdicts = {c.layer.name: Verdict(c.chosen, c.reason) for c in selection_for(model)}
     for layer in transformed_layers(model):
