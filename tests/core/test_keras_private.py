@@ -227,3 +227,13 @@ def test_own_variables_and_children_cover_all_weights():
     assert [child.name for child in keras_private.children(model)] == ["d"]
     kernel, bias = keras_private.own_variables(model.layers[0])
     assert (kernel.name, bias.name) == ("kernel", "bias")
+
+
+@pytest.mark.filterwarnings("ignore:Do not pass an `input_shape`")
+def test_sequential_still_builds_by_the_first_layers_input_shape():
+    dense = keras.layers.Dense(2, input_shape=(3,))
+    assert keras_private.input_shape_argument(dense) == (3,)
+    assert keras_private.input_shape_argument(keras.layers.Dense(2)) is None
+    plain = keras.layers.Dense(2)
+    keras_private.set_input_shape_argument(plain, (3,))
+    assert keras.Sequential([plain]).input_shape == (None, 3)

@@ -27,5 +27,7 @@ def test_round_trips_through_its_config(name):
 
 
 def test_unknown_criterion_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"magnitude, movement, random, snip.*Did you mean 'magnitude'"):
+    with pytest.raises(
+        ValueError, match=r"magnitude, movement, random, snip.*Did you mean 'magnitude'"
+    ):
         CRITERIA.get("magnitudes")

@@ -105,6 +105,16 @@ def adopt_call_signature(wrapper: keras.layers.Layer, layer: keras.layers.Layer)
     }
 
 
+def input_shape_argument(layer: keras.layers.Layer) -> tuple[int | None, ...] | None:
+    """Returns what `input_shape=` a layer was made with, by which Sequential builds itself."""
+    return getattr(layer, "_input_shape_arg", None)
+
+
+def set_input_shape_argument(layer: keras.layers.Layer, shape: tuple[int | None, ...]) -> None:
+    """Makes Sequential build itself for samples of a shape when it is given this layer first."""
+    layer._input_shape_arg = shape  # noqa: SLF001
+
+
 def takes_training(layer: keras.layers.Layer) -> bool:
     """Whether the layer's `call` has an argument named training."""
     return bool(layer._call_has_training_arg)  # noqa: SLF001

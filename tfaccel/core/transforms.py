@@ -103,6 +103,11 @@ class TransformedLayer(keras.layers.Wrapper):
                 f"TransformedLayer needs a built layer, but {layer.name!r} has no weights yet. "
                 "Call it on an input first."
             )
+        self._hold(layer, kwargs)
+        self._attach(transforms)
+
+    def _hold(self, layer: keras.layers.Layer, kwargs: dict[str, Any]) -> None:
+        """Makes this the wrapper of `layer`, built or not, without transforms yet."""
         kwargs = {
             "name": layer.name,
             "trainable": layer.trainable,
@@ -116,9 +121,13 @@ class TransformedLayer(keras.layers.Wrapper):
         keras_private.adopt_call_signature(self, layer)
         self.supports_masking = layer.supports_masking
         self.supports_jit = layer.supports_jit
-        variables = weight_keys(layer)
+        self._transforms: tuple[tuple[str, WeightTransform], ...] = ()
+
+    def _attach(self, transforms: Transforms) -> None:
+        """Puts transforms on the weights of the inner layer, which is built by now."""
+        variables = weight_keys(self.layer)
         self._transforms = tuple(
-            sorted(_checked(layer, transforms, variables), key=lambda pair: pair[1].stage)
+            sorted(_checked(self.layer, transforms, variables), key=lambda pair: pair[1].stage)
         )
         for key, transform in self._transforms:
             self._add_state(key, transform, variables[key])

@@ -103,7 +103,7 @@ class PruningMask(WeightTransform):
             ValueError: the schedule never ran.
         """
         if self.last_step < 0:
-            name = self.state["step"].path.split("/")[0]
+            name = self.state["step"].path.split("/")[-2]
             raise ValueError(
                 f"Layer {name!r} was to be pruned, but its schedule never ran: it is still dense. "
                 "Train with fit(callbacks=[tfaccel.pruning.UpdatePruning()]), at least up to the "
@@ -123,7 +123,7 @@ class PruningMask(WeightTransform):
                 break
             turn, wanted = following, float(self.schedule(following)[1])
         if wanted > reached:
-            name = self.state["step"].path.split("/")[0]
+            name = self.state["step"].path.split("/")[-2]
             warnings.warn(
                 f"Layer {name!r} was pruned to {reached:.1%} at step {self.last_step} of a "
                 f"schedule that goes to {wanted:.1%} at step {turn}: training ended early, went on "
