@@ -70,7 +70,6 @@ class UpdatePruningStep(UpdatePruning):
         elif not self._idle:
             super().on_epoch_end(epoch, logs)
 
-
     # What the callback list of tf_keras asks of each callback: TFMOT's looks at epochs alone.
 
     def _implements_train_batch_hooks(self) -> bool:

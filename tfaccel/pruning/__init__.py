@@ -6,6 +6,7 @@ from tfaccel.pruning.channels import Sensitivity, prune_channels, sensitivity
 from tfaccel.pruning.dependencies import ChannelGroup, ChannelMap, read_channels
 from tfaccel.pruning.kernels import selection_for
 from tfaccel.pruning.masks import PruningMask
+from tfaccel.pruning.metapruning import MobileNetSpace, PruningNet, metaprune
 from tfaccel.pruning.recalibration import penalize_batch_norm, recalibrate_batch_norm
 from tfaccel.pruning.shrinking import shrink
 from tfaccel.pruning.unstructured import prune
@@ -14,10 +15,13 @@ __all__ = [
     "ChannelGroup",
     "ChannelMap",
     "ConstantSparsity",
+    "MobileNetSpace",
     "PolynomialDecay",
     "PruningMask",
+    "PruningNet",
     "Sensitivity",
     "UpdatePruning",
+    "metaprune",
     "penalize_batch_norm",
     "prune",
     "prune_channels",
