@@ -36,6 +36,18 @@ def test_name_config_and_instance_give_the_part():
     assert SHAPES.names() == ["square", "triangle"]
 
 
+def test_a_family_reads_names_of_one_form():
+    shapes = Registry("shape", Shape)
+    shapes.register("square")(lambda: Shape(4))
+    shapes.family("a number of corners, such as '5'")(
+        lambda name: Shape(int(name)) if name.isdigit() else None
+    )
+    assert shapes.get("7") == Shape(7)
+    assert shapes.get("square") == Shape(4)
+    with pytest.raises(ValueError, match=r"no shape 'x'.*square, a number of corners, such as '5'"):
+        shapes.get("x")
+
+
 def test_what_is_none_of_these_is_an_error():
     with pytest.raises(ValueError, match=r"no shape 'squar'.*square, triangle.*mean 'square'\?"):
         SHAPES.get("squar")

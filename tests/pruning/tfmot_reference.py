@@ -27,6 +27,27 @@ def masks_of_single_weights(given):
     return found
 
 
+def masks_of_patterns(given):
+    """TFMOT's masks by blocks and by m-by-n groups, without any training."""
+    import tensorflow as tf
+    from tensorflow_model_optimization.python.core.sparsity.keras import pruning_impl
+    from tensorflow_model_optimization.python.core.sparsity.keras.pruning_schedule import (
+        ConstantSparsity,
+    )
+
+    found = {}
+    for name in given.files:
+        for number, (block, pooling, m_by_n, sparsity) in enumerate(PATTERNS):
+            if name.startswith("matrix_") or (name.startswith("conv_") and m_by_n):
+                pruning = pruning_impl.Pruning(
+                    lambda: 1, [], ConstantSparsity(sparsity, 0), block, pooling, m_by_n
+                )
+                weight = tf.constant(given[name])
+                mask = pruning._maybe_update_block_mask(weight)[1]
+                found[f"{name}_{number}"] = mask.numpy()
+    return found
+
+
 def masks_of_training(given):
     """TFMOT's masks after every step of training two dense layers."""
     import tensorflow_model_optimization as tfmot
@@ -70,6 +91,15 @@ def masks_of_training(given):
     return found
 
 
+PATTERNS = [
+    ((1, 4), "AVG", None, 0.5),
+    ((4, 1), "AVG", None, 0.8),
+    ((2, 3), "MAX", None, 0.75),
+    ((4, 4), "AVG", None, 0.6),
+    ((1, 1), "AVG", (2, 4), 0.5),
+    ((1, 1), "AVG", (1, 4), 0.25),
+    ((1, 1), "AVG", (5, 8), 0.625),
+]
 SGD = {"class_name": "SGD", "config": {"learning_rate": 0.05, "momentum": 0.9}}
 ADAM = {"class_name": "Adam", "config": {"learning_rate": 0.05}}
 TRAININGS = [
@@ -81,4 +111,5 @@ TRAININGS = [
 
 if __name__ == "__main__":
     with np.load(sys.argv[1]) as inputs:
-        np.savez(sys.argv[2], **masks_of_single_weights(inputs), **masks_of_training(inputs))
+        masks = {**masks_of_single_weights(inputs), **masks_of_patterns(inputs)}
+        np.savez(sys.argv[2], **masks, **masks_of_training(inputs))

@@ -8,6 +8,7 @@ from tfaccel.pruning.kernels import selection_for
 from tfaccel.pruning.masks import PruningMask
 from tfaccel.pruning.metapruning import MobileNetSpace, PruningNet, metaprune
 from tfaccel.pruning.recalibration import penalize_batch_norm, recalibrate_batch_norm
+from tfaccel.pruning.rewinding import rewind
 from tfaccel.pruning.shrinking import shrink
 from tfaccel.pruning.unstructured import prune
 
@@ -27,6 +28,7 @@ __all__ = [
     "prune_channels",
     "read_channels",
     "recalibrate_batch_norm",
+    "rewind",
     "selection_for",
     "sensitivity",
     "shrink",

@@ -23,6 +23,7 @@ _TRANSPOSED = (
     keras.layers.Conv2DTranspose,
     keras.layers.Conv3DTranspose,
 )
+_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,8 @@ def layout_of(layer: keras.layers.Layer, key: str) -> Layout:
         return _of_einsum(owner, shape)
     if isinstance(owner, _TRANSPOSED):
         return Layout(shape, (rank - 1,), (rank - 2,))
-    if "depthwise_kernel" in key.rsplit("/", 1)[-1]:
+    depthwise = isinstance(owner, _DEPTHWISE) or key.rsplit("/", 1)[-1] == "depthwise_kernel"
+    if depthwise:
         return Layout(shape, tuple(range(rank - 2)), (rank - 2, rank - 1))
     return Layout(shape, (rank - 2,), (rank - 1,))
 
