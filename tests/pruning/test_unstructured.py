@@ -12,7 +12,14 @@ from keras import layers
 import tfaccel
 from tests.pruning.samples import dense_data, dense_model, image_model, masks_of
 from tfaccel.core.transforms import transformed_layers
-from tfaccel.pruning import ConstantSparsity, PolynomialDecay, prune, selection_for, update_masks
+from tfaccel.pruning import (
+    ConstantSparsity,
+    PolynomialDecay,
+    UpdatePruning,
+    prune,
+    selection_for,
+    update_masks,
+)
 
 
 def pruned_names(model):
@@ -259,3 +266,60 @@ def test_models_without_a_graph_are_refused():
 def test_pruning_twice_is_refused():
     with pytest.raises(ValueError, match="PruningMask already"):
         prune(prune(dense_model(), 0.5), 0.8)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4x1", "channel"])
+def test_a_pattern_survives_saving_and_further_training(pattern, tmp_path):
+    pruned = prune(dense_model(), ConstantSparsity(0.5, 0, frequency=3), pattern=pattern)
+    pruned.compile(keras.optimizers.Adam(0.05), "mse")
+    x, y = dense_data(48)
+    pruned.fit(x, y, batch_size=8, verbose=0, callbacks=[UpdatePruning()])
+    pruned.save(tmp_path / "pruned.keras")
+    loaded = tfaccel.load_model(tmp_path / "pruned.keras")
+    before = masks_of(loaded)
+    loaded.compile(keras.optimizers.Adam(0.5), "mse")
+    loaded.fit(x, y, batch_size=8, epochs=3, verbose=0, callbacks=[UpdatePruning()])
+    if pattern != "channel":  # one update does not outweigh a channel that trains
+        assert (masks_of(loaded) != before).any()
+    kernel = tfaccel.strip(loaded).get_layer("hidden").get_weights()[0] != 0
+    if pattern == "2:4":
+        assert (kernel.T.reshape(16, 3, 4).sum(axis=2) == 2).all()
+    elif pattern == "4x1":
+        assert set(kernel.T.reshape(16, 3, 4).sum(axis=2).ravel()) == {0, 4}
+    else:
+        assert set(kernel.sum(axis=0)) == {0, 12}
+
+
+@pytest.mark.parametrize("pattern", ["4x1", "channel"])
+def test_a_pattern_has_its_share_over_all_kernels(pattern):
+    pruned = prune(dense_model(), 0.5, pattern=pattern, scope="global", include="*")
+    update_masks(pruned, 0)
+    masks = np.concatenate([mask.ravel() for mask in layer_masks(pruned)])
+    unit = 16 if pattern == "channel" else 4
+    assert abs(masks.mean() - 0.5) * masks.size <= unit / 2
+
+
+def test_channels_of_the_outputs_stay_unless_named():
+    reasons = {c.layer.name: c.reason for c in selection_for(dense_model(), pattern="channel")}
+    assert reasons["out"] == "its channels are the model's outputs"
+    assert pruned_names(prune(dense_model(), 0.5, pattern="channel")) == ["hidden"]
+    assert pruned_names(prune(image_model(), 0.5, pattern="channel")) == ["second"]
+    assert pruned_names(prune(dense_model(), 0.5, pattern="channel", include="out")) == ["out"]
+
+
+def test_a_schedule_must_end_where_n_of_m_does():
+    for schedule in (0.8, PolynomialDecay(0.0, 0.4, 0, 10)):
+        with pytest.raises(ValueError, match=r"'2:4' makes 0.5 of the weights zero"):
+            prune(dense_model(), schedule, pattern="2:4")
+
+
+def test_attention_is_pruned_two_of_four_along_what_it_sums_over():
+    inputs = keras.Input((6, 8))
+    outputs = layers.MultiHeadAttention(2, 6, name="attention")(inputs, inputs)
+    pruned = prune(keras.Model(inputs, outputs), 0.5, pattern="2:4")
+    update_masks(pruned, 0)
+    attention = tfaccel.strip(pruned).get_layer("attention")
+    query = np.asarray(attention.query_dense.kernel) != 0  # [features, heads, size]
+    assert (query.reshape(2, 4, 12).sum(axis=1) == 2).all()
+    out = np.asarray(attention.output_dense.kernel) != 0  # [heads, size, features]
+    assert (out.reshape(3, 4, 8).sum(axis=1) == 2).all()
