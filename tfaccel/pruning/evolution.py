@@ -9,7 +9,8 @@ import numpy as np
 from tfaccel.core.checks import check_fraction, check_positive
 
 Genes = tuple[int, ...]
-_TRIES = 200
+# Draws in a row that are known or too costly, after which the space counts as exhausted.
+_TRIES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def evolve(
     search = _Search(choices, score, cost, budget, mutation, np.random.default_rng(seed))
     if not search.fill(search.draw, population):
         raise ValueError(
-            f"Of {_TRIES * population} random candidates none costs {budget:g} or less; the "
+            f"Of {_TRIES:,} random candidates none costs {budget:g} or less; the "
             f"cheapest costs {min(search.costs.values()):g}. Raise the budget, or let genes be "
             "smaller."
         )
@@ -103,7 +104,7 @@ class _Search:
         mutation: float,
         random: np.random.Generator,
     ) -> None:
-        self._choices = [list(values) for values in choices]
+        self._choices = [tuple(map(int, values)) for values in choices]
         self._score, self._cost, self._budget = score, cost, budget
         self._mutation, self._random = mutation, random
         self.costs: dict[Genes, float] = {}
@@ -117,29 +118,33 @@ class _Search:
 
     def fill(self, make: Callable[[], Genes], wanted: int) -> int:
         """Scores up to `wanted` new candidates; fewer where the space is exhausted."""
-        done = tried = 0
-        while done < wanted and tried < _TRIES * wanted:
-            tried += 1
+        done = failed = 0
+        while done < wanted and failed < _TRIES:
             genes = make()
             if genes not in self.scores and self._fits(genes):
                 self.scores[genes] = float(self._score(genes))
-                done += 1
+                done, failed = done + 1, 0
+            else:
+                failed += 1
         return done
 
     def draw(self) -> Genes:
-        return tuple(int(self._random.choice(values)) for values in self._choices)
+        return tuple(self._pick(values) for values in self._choices)
 
     def mutate(self) -> Genes:
         genes = self.best[self._random.integers(len(self.best))]
         return tuple(
-            int(self._random.choice(values)) if self._random.random() < self._mutation else gene
+            self._pick(values) if self._random.random() < self._mutation else gene
             for gene, values in zip(genes, self._choices, strict=True)
         )
 
     def cross(self) -> Genes:
         one, other = (self.best[i] for i in self._random.integers(len(self.best), size=2))
         pairs = zip(one, other, strict=True)
-        return tuple(pair[self._random.integers(2)] for pair in pairs)
+        return tuple(a if self._random.random() < 0.5 else b for a, b in pairs)
+
+    def _pick(self, values: Genes) -> int:
+        return values[int(self._random.random() * len(values))]
 
     def _fits(self, genes: Genes) -> bool:
         if genes not in self.costs:
