@@ -59,6 +59,7 @@ def to_tflite(
     scheme: str | None = None,
     *,
     io_dtype: str = "float32",
+    sparse: bool = False,
     representative_data: Any = None,
     verify_data: Any = None,
     labels: Sequence[str] | None = None,
@@ -80,6 +81,9 @@ def to_tflite(
             `representative_data`). By default the model's own: "int8" for a quantization-aware
             model, else "float32".
         io_dtype: type of inputs and outputs of an int8 file: "float32", "int8" or "uint8".
+        sparse: stores kernels of a pruned model without their zeros, for "float32". The file is
+            then as small as its zeros make it. It is not faster, but for dense kernels pruned in
+            "4x1" blocks, for which LiteRT has sparse kernels, and for 1x1 convolutions on ARM.
         representative_data: for "int8" of a plain model, samples to find ranges with: an array
             [samples, ...], for several inputs a list of such or a dict by input name, or an
             iterable of batches (a tf.data.Dataset of x or (x, y)). At most 512 samples are used.
@@ -105,6 +109,7 @@ def to_tflite(
     source = load_model(model) if is_file else model
     target = Path(path)
     chosen = _check_arguments(source, target, scheme, io_dtype, representative_data)
+    _check_sparse(sparse, chosen)
     batch = _batch_of(source, batch_size)
     _check_labels(source, labels)
     if metadata is not None:
@@ -125,7 +130,7 @@ def to_tflite(
             ready, representative_data, "representative_data", least=batch or 1
         )
     with quiet_tensorflow(verbose=verbose):
-        content = _convert(ready, chosen, io_dtype, calibration, batch)
+        content = _convert(ready, chosen, io_dtype, calibration, batch, sparse=sparse)
     flatbuffer = unpack(content)
     name_ends(flatbuffer, *end_names(source))
     put_facts(flatbuffer, facts)
@@ -210,6 +215,16 @@ def _check_arguments(
     return chosen
 
 
+def _check_sparse(sparse: bool, scheme: str) -> None:
+    check_type("sparse", sparse, bool)
+    if sparse and scheme != "float32":
+        raise ValueError(
+            f"sparse=True is for 'float32', but the scheme is {scheme!r}: with quantized weights "
+            "LiteRT's sparse kernels give wrong results without a word. Leave one of them out; "
+            "compressed (gzip), zeros cost next to nothing in any scheme."
+        )
+
+
 def _check_exportable(model: keras.Model) -> None:
     names = zip(end_names(model)[0], model.inputs, strict=True)
     texts = [name for name, tensor in names if tensor.dtype == "string"]
@@ -267,6 +282,8 @@ def _convert(
     io_dtype: str,
     calibration: list[Array] | None,
     batch_size: int | None,
+    *,
+    sparse: bool,
 ) -> bytes:
     import tensorflow as tf
 
@@ -280,6 +297,8 @@ def _convert(
             converter = tf.lite.TFLiteConverter.from_saved_model(folder)
             if scheme != "float32":
                 converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            if sparse:
+                converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
             if scheme == "float16":
                 converter.target_spec.supported_types = [tf.float16]
             if scheme == "int8":
