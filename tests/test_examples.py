@@ -13,11 +13,13 @@ ARGUMENTS = {
     "distill.py": ["1"],
     "lighten.py": ["models", "1"],
     "prune_and_quantize.py": ["models", "1"],
+    "prune_channels_for_latency.py": ["models", "1"],
 }
 PRINTED = {
     "distill.py": ["teacher, all labels", "student, 100 labels", "student, teacher and no labels"],
     "lighten.py": ["trained", "factorized", "fine-tuned"],
     "prune_and_quantize.py": ["float", "pruned", "int8"],
+    "prune_channels_for_latency.py": ["whole", "fast"],
 }
 
 

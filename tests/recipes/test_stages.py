@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 
 from tfaccel.core.transforms import transformed_layers
+from tfaccel.measurement import count
 from tfaccel.pruning import selection_for
+from tfaccel.pruning.patterns import NofM
 from tfaccel.quantization import is_quantization_aware
 from tfaccel.recipes.data import load_data
 from tfaccel.recipes.schema import AugmentSettings, DataSettings, Stage, TrainSettings
@@ -80,6 +82,22 @@ def test_pruning_reaches_its_sparsity(data, student):
         ((_, mask),) = layer.transforms
         zeros = keras.ops.convert_to_numpy(mask.state["mask"]) == 0
         assert zeros.sum() == round(0.75 * zeros.size)
+
+
+def test_a_pattern_reaches_the_rewrite(data, student):
+    settings = {"model": "s", "sparsity": 0.5, "epochs": 1, "pattern": "2:4"}
+    model = run_stage(Stage(name="p", prune=settings), task(data, inputs={"model": student}))
+    patterns = {mask.pattern for layer in transformed_layers(model) for _, mask in layer.transforms}
+    assert patterns == {NofM(2, 4)}
+
+
+def test_channels_are_taken_out(data, student):
+    settings = {"model": "s", "keep": 0.6, "epochs": 1, "multiple_of": 1, "teacher": "s"}
+    stage = Stage(name="c", prune_channels=settings)
+    assert stage.inputs == {"model": "s", "teacher": "s"}
+    model = run_stage(stage, task(data, inputs={"model": student, "teacher": student}))
+    assert count(model).macs <= 0.6 * count(student).macs
+    assert not transformed_layers(model)
 
 
 def test_a_teacher_helps_while_masks_move(data, student):

@@ -1,7 +1,7 @@
 import keras
 import pytest
 
-from tfaccel.pruning import prune, update_masks
+from tfaccel.pruning import prune, prune_channels, update_masks
 from tfaccel.quantization import quantize_aware
 from tfaccel.reporting import inspect
 
@@ -132,3 +132,20 @@ def test_a_row_of_norms_goes_into_one_layer():
         keras.layers.BatchNormalization(name="again"),
     )
     assert said["again"].reason == said["norm"].reason == "folded into 'conv'"
+
+
+def test_channels_are_said_to_go_together_or_to_stay():
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(16, 3, padding="same", name="one")(inputs)
+    y = keras.layers.Conv2D(16, 3, padding="same", name="two")(x)
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Add()([x, y]))
+    model = keras.Model(inputs, keras.layers.Dense(4, name="logits")(x))
+    said = verdicts(model, "prune_channels")
+    assert said["one"].touched
+    assert said["one"].reason == "16 channels, together with two"
+    assert not said["logits"].touched
+    assert said["logits"].reason.startswith("an output of")
+    smaller = prune_channels(model, {"channels": 0.5})
+    assert smaller.get_layer("one").filters == smaller.get_layer("two").filters == 8
+    pruned = verdicts(prune(model, 0.5), "prune_channels")
+    assert "remove channels before" in pruned["two"].reason

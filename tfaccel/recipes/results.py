@@ -23,7 +23,7 @@ class StageResult:
 
     Attributes:
         name: of the stage.
-        verb: what it did: train, distill, prune or quantize_aware.
+        verb: what it did, such as train or prune.
         model: its .keras file.
         tflite: its .tflite file.
         seconds: how long the training took.

@@ -33,7 +33,7 @@ Architecture = Literal[
 ]
 IODtype = Literal["float32", "int8", "uint8"]
 DATA_NAMES = ("digits", "fashion_mnist", "cifar10")
-VERBS = ("train", "distill", "prune", "quantize_aware")
+VERBS = ("train", "distill", "prune", "prune_channels", "quantize_aware")
 
 Place = tuple[str | int, ...]
 
@@ -125,6 +125,7 @@ class PruneSettings(_Taught):
     sparsity: float = Field(gt=0, lt=1)
     initial_sparsity: float = Field(default=0.0, ge=0, lt=1)
     ramp: float = Field(default=0.5, gt=0, le=1)
+    pattern: str = "element"
     scope: Literal["layer", "global"] = "layer"
     include: list[str] | None = None
     exclude: list[str] | None = None
@@ -138,6 +139,24 @@ class PruneSettings(_Taught):
                 ("initial_sparsity",),
             )
         return self
+
+
+class PruneChannelsSettings(_Taught):
+    """A stage's model without the channels that matter least, trained on (Molchanov et al. 2019).
+
+    `keep` is the share of `of` that is left.
+    """
+
+    model: str
+    keep: float = Field(gt=0, lt=1)
+    of: Literal["macs", "parameters", "channels"] = "macs"
+    criterion: Literal["l1", "l2", "bn_gamma", "fpgm", "taylor", "activation", "apoz", "random"] = (
+        "taylor"
+    )
+    allocation: Literal["global", "uniform"] = "global"
+    multiple_of: int = Field(default=8, gt=0)
+    include: list[str] | None = None
+    exclude: list[str] | None = None
 
 
 class QuantizeAwareSettings(_Taught):
@@ -184,6 +203,7 @@ class Stage(_Part):
     train: TrainSettings | None = None
     distill: DistillSettings | None = None
     prune: PruneSettings | None = None
+    prune_channels: PruneChannelsSettings | None = None
     quantize_aware: QuantizeAwareSettings | None = None
     export: ExportSettings | None = None
 
@@ -205,11 +225,19 @@ class Stage(_Part):
 
     @property
     def verb(self) -> str:
-        """What the stage does: train, distill, prune or quantize_aware."""
+        """What the stage does: one of VERBS."""
         return next(verb for verb in VERBS if getattr(self, verb) is not None)
 
     @property
-    def settings(self) -> TrainSettings | DistillSettings | PruneSettings | QuantizeAwareSettings:
+    def settings(
+        self,
+    ) -> (
+        TrainSettings
+        | DistillSettings
+        | PruneSettings
+        | PruneChannelsSettings
+        | QuantizeAwareSettings
+    ):
         """The settings below the verb."""
         return getattr(self, self.verb)
 

@@ -12,6 +12,7 @@ from tfaccel.recipes.models import build_network
 from tfaccel.recipes.schema import (
     AugmentSettings,
     DistillSettings,
+    PruneChannelsSettings,
     PruneSettings,
     QuantizeAwareSettings,
     Stage,
@@ -109,12 +110,32 @@ def prune(settings: PruneSettings, task: Task) -> keras.Model:
     model = prune_model(
         task.inputs["model"],
         schedule,
+        pattern=settings.pattern,
         scope=settings.scope,
         include=settings.include,
         exclude=settings.exclude,
         seed=task.seed,
     )
     return fit(model, settings, task, [UpdatePruning()])
+
+
+def prune_channels(settings: PruneChannelsSettings, task: Task) -> keras.Model:
+    """Takes the least important channels out, judged on training data (Molchanov et al. 2019)."""
+    from tfaccel.pruning import prune_channels as prune_model
+
+    model = prune_model(
+        task.inputs["model"],
+        {settings.of: settings.keep},
+        settings.criterion,
+        task.data.train.arrays,
+        settings.multiple_of,
+        allocation=settings.allocation,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        include=settings.include,
+        exclude=settings.exclude,
+        seed=task.seed,
+    )
+    return fit(model, settings, task)
 
 
 def quantize_aware(settings: QuantizeAwareSettings, task: Task) -> keras.Model:
@@ -134,6 +155,7 @@ _VERBS: dict[str, Callable[[Any, Task], keras.Model]] = {
     "train": train,
     "distill": distill,
     "prune": prune,
+    "prune_channels": prune_channels,
     "quantize_aware": quantize_aware,
 }
 

@@ -177,7 +177,8 @@ def inspect(model: keras.Model) -> Inspection:
         model: a built Functional or Sequential model; not changed. Nested models are flattened.
 
     Returns:
-        The layers, each with the verdict of `prune`, `quantize_aware` and `fold_batch_norm`.
+        The layers, each with the verdicts of `prune`, `prune_channels`, `quantize_aware` and
+        `fold_batch_norm`.
 
     Raises:
         TypeError: the model is subclassed, or is no model.

@@ -39,6 +39,24 @@ def judge_pruning(model: keras.Model) -> dict[str, Verdict]:
     return verdicts
 
 
+def judge_channels(model: keras.Model) -> dict[str, Verdict]:
+    """Returns which layers could lose channels to `pruning.prune_channels`."""
+    from tfaccel.pruning import read_channels
+
+    if transformed_layers(model):
+        masked = Verdict(False, "has masks or fake quantization: remove channels before")
+        return {layer.name: masked for layer in transformed_layers(model)}
+    found = read_channels(model)
+    verdicts = {name: Verdict(False, reason) for name, reason in found.reasons.items()}
+    for group in found.groups:
+        for name in group.names:
+            others = [other for other in group.names if other != name]
+            shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if others[3:] else "")
+            reason = f"{group.size} channels" + (f", together with {shown}" if others else "")
+            verdicts[name] = Verdict(True, reason)
+    return verdicts
+
+
 def judge_quantization(model: keras.Model) -> dict[str, Verdict]:
     """Returns what `quantization.quantize_aware` would do to each layer, by default."""
     from tfaccel.quantization import is_quantization_aware, plan
@@ -131,6 +149,7 @@ def _why_not_folded(graph: Graph, node: Node, source: Node) -> str:
 
 TECHNIQUES: Mapping[str, Judge] = {
     "prune": judge_pruning,
+    "prune_channels": judge_channels,
     "quantize_aware": judge_quantization,
     "fold_batch_norm": judge_folding,
 }
