@@ -7,15 +7,17 @@ import click
 import keras
 import numpy as np
 
+import tfaccel
 from tests.contracts.tables import convolutional, make_data, sequential
 from tfaccel.cli import tfaccel as command
 from tfaccel.measurement import count
 
 README = Path(__file__).parent.parent / "README.md"
+MIGRATION = README.parent / "docs" / "migrating_from_tfmot.md"
 
 
-def blocks():
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def blocks(page=README):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def run(code, model):
@@ -61,10 +63,31 @@ def test_removing_channels_runs_as_it_stands(capsys):
     x = keras.layers.Conv2D(32, 3, activation="relu", name="second")(x)
     pooled = keras.layers.GlobalAveragePooling2D()(x)
     model = keras.Model(inputs, keras.layers.Dense(4, name="logits")(pooled))
-    names = run("import keras, tfaccel\n" + blocks()[3], model)
+    names = run("import keras, tfaccel\n" + blocks()[4], model)
     assert count(names["small"]).macs <= 0.5 * count(model).macs
     assert "'logits': \"an output of" in capsys.readouterr().out
-    assert len(blocks()) == 4  # each is run here
+
+
+def test_iterating_and_patterns_run_as_they_stand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("import keras, tfaccel\n" + blocks()[3], sequential())
+    kernel = np.asarray(tfaccel.strip(names["pruned"]).get_layer("hidden").kernel) != 0
+    rows = kernel.T.reshape(kernel.shape[1], -1, 4)
+    assert (rows.sum(axis=2) == 2).all()
+    ticket = tfaccel.strip(names["ticket"]).get_layer("hidden").kernel
+    assert round(float((np.asarray(ticket) == 0).mean()), 2) == 0.2
+    assert len(blocks()) == 5  # each is run here
+
+
+def test_migration_guide_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = blocks(MIGRATION)
+    code = first.replace("end_step=500", "end_step=2, frequency=1")
+    names = run("import keras\n" + code, sequential())
+    kernel = np.asarray(names["small"].get_layer("hidden").kernel)
+    assert round(float((kernel == 0).mean()), 2) == 0.8
+    run("import keras\n" + second.replace("0.5, 1, 500", "0.5, 1, 2, frequency=1"), sequential())
+    assert (tmp_path / "pruned.tflite").exists()
 
 
 def test_commands_exist_with_their_options():

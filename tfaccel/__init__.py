@@ -14,6 +14,7 @@ __version__ = "0.1.0.dev0"
 
 _ROOMS = (
     "architectures",
+    "compat",
     "core",
     "distillation",
     "distributed",
@@ -36,6 +37,7 @@ _FUNCTIONS = {
 __all__ = [
     "__version__",
     "architectures",
+    "compat",
     "core",
     "diff",
     "distillation",

@@ -14,6 +14,7 @@ from keras import layers
 
 import tfaccel
 from tests.core.transform_samples import Neutral, all_weights
+from tfaccel.compat.tfmot.sparsity import keras as sparsity
 from tfaccel.core.graph import flat_layers
 from tfaccel.core.transforms import transform_model
 from tfaccel.distributed import callbacks
@@ -109,6 +110,8 @@ class Rewrite:
             None if it changes them.
         strips_exactly: whether `strip` gives the same outputs (fake-quantized activations do not).
         keeps_shapes: whether kernels that are let stand keep their shapes; else they lose rows.
+        refuses_alike: whether a model that does not fit is refused in tfaccel's words; another
+            library's names refuse as that library does.
     """
 
     apply: Callable[[keras.Model], keras.Model]
@@ -116,6 +119,7 @@ class Rewrite:
     keeps_outputs: float | None = None
     strips_exactly: bool = True
     keeps_shapes: bool = True
+    refuses_alike: bool = True
 
 
 def prune(model: keras.Model) -> keras.Model:
@@ -126,6 +130,13 @@ def prune(model: keras.Model) -> keras.Model:
 def update_pruning() -> list[Any]:
     """The callback that pruning needs."""
     return [tfaccel.pruning.UpdatePruning()]
+
+
+def prune_by_movement(model: keras.Model) -> keras.Model:
+    """Scores are trained beside the weights, and two of four inputs kept."""
+    # Turns at the beginning of executions of four steps, which one of the contracts has.
+    schedule = tfaccel.pruning.ConstantSparsity(0.5, 5, frequency=4)
+    return tfaccel.pruning.prune(model, schedule, pattern="2:4", criterion="movement")
 
 
 def penalize_where_there_is_batch_norm(model: keras.Model) -> keras.Model:
@@ -156,6 +167,12 @@ REWRITES: dict[str, Rewrite] = {
     ),
     "penalize_batch_norm": Rewrite(penalize_where_there_is_batch_norm, keeps_outputs=0.0),
     "prune": Rewrite(prune, update_pruning),
+    "prune_by_movement_two_of_four": Rewrite(prune_by_movement, update_pruning),
+    "prune_low_magnitude": Rewrite(
+        lambda m: sparsity.prune_low_magnitude(m, sparsity.ConstantSparsity(0.5, 1)),
+        lambda: [sparsity.UpdatePruningStep()],
+        refuses_alike=False,
+    ),
     "quantize_aware": Rewrite(quantize_aware, strips_exactly=False),
     "prune_then_quantize_aware": Rewrite(
         lambda m: quantize_aware(prune(m)),

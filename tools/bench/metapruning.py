@@ -4,7 +4,7 @@
         [--meta-epochs 20] [--epochs 10] [--generations 10] [--markdown TABLE]
 
 Images are padded to 32x32. A PruningNet is trained on the training images, channel counts are
-searched by accuracy on 2,000 of them that it never saw, and the found network is trained from
+searched by accuracy on 5,000 of them that it never saw, and the found network is trained from
 scratch. The other arm is the smallest uniform width that has as many MACs or more; both arms train
 on the same images for the same steps with the same seeds, and are scored on the 10,000 test images,
 which nothing else looks at. WORK keeps what is finished: a killed run goes on.
@@ -26,7 +26,7 @@ from tfaccel.core.artifacts import write_aside
 from tfaccel.pruning import MobileNetSpace, PruningNet, metaprune
 
 BATCH = 128
-HELD_OUT = 2000
+HELD_OUT = 5000
 CALIBRATION = 500
 SPACE = MobileNetSpace(
     (32, 32, 1),
