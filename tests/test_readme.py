@@ -76,7 +76,14 @@ def test_iterating_and_patterns_run_as_they_stand(tmp_path, monkeypatch):
     assert (rows.sum(axis=2) == 2).all()
     ticket = tfaccel.strip(names["ticket"]).get_layer("hidden").kernel
     assert round(float((np.asarray(ticket) == 0).mean()), 2) == 0.2
-    assert len(blocks()) == 5  # each is run here
+
+
+def test_metapruning_runs_as_it_stands():
+    names = run("import keras, tfaccel\n" + blocks()[5], sequential())
+    light = names["light"]
+    assert count(light).macs == names["found"].cost
+    assert names["found"].cost <= 0.5 * names["space"].macs(names["space"].whole)
+    assert len(blocks()) == 6  # each is run here
 
 
 def test_migration_guide_runs_as_it_stands(tmp_path, monkeypatch):
