@@ -63,6 +63,7 @@ class Pattern(Configurable):
         units = [self.units(score) for score in scores]
         if len(units) == 1:
             return [self.expand(self.select(units[0], sparsity), scores[0].shape)]
+        units = [unit.astype(np.float64) for unit in units]
         for unit in units:
             unit[np.argmax(unit)] = math.inf
         areas = [score.size / unit.size for score, unit in zip(scores, units, strict=True)]
