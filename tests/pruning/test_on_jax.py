@@ -10,7 +10,9 @@ import keras
 import numpy as np
 import tfaccel
 from tests.pruning.samples import Watch, dense_data, dense_model, zeros_of
-from tfaccel.pruning import PolynomialDecay, UpdatePruning, prune
+from tfaccel.pruning import (
+    ConstantSparsity, MobileNetSpace, PolynomialDecay, PruningNet, UpdatePruning, prune, rewind
+)
 
 assert keras.backend.backend() == "jax"
 schedule = PolynomialDecay(0.0, 0.75, 2, 8, frequency=3)
@@ -44,6 +46,22 @@ for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
 plain = tfaccel.strip(resumed)
 assert (plain.get_weights()[0] == 0).mean() == 0.75
 np.testing.assert_array_equal(plain.predict(x, verbose=0), resumed.predict(x, verbose=0))
+
+learned = prune(dense_model(), ConstantSparsity(0.5, 4), criterion="movement", pattern="2:4")
+learned.compile(keras.optimizers.SGD(0.1), "mse")
+train(learned, 2)
+assert zeros_of(learned) == 0.5
+assert (np.asarray(learned.layers[0].transforms[0][1].state["scores"]) != 0).all()
+assert zeros_of(rewind(learned, dense_model())) == 0.5
+
+space = MobileNetSpace((8, 8, 1), classes=2, stem=4, blocks=((8, 2),))
+net = PruningNet(space)
+images, labels = np.ones((16, 8, 8, 1), "float32"), np.arange(16) % 2
+net.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+net.fit(images, labels, verbose=0)
+small = net.materialize((4, 4), images)
+masked = net(images, training=False, channels=np.array((4, 4)))
+np.testing.assert_allclose(small(images), masked, atol=1e-6)
 print("done")
 """
 
