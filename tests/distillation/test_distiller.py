@@ -362,12 +362,3 @@ def test_labels_of_the_wrong_shape_are_refused():
     distiller = compiled(Distiller(net(8), net(4)))
     with pytest.raises(ValueError, match="shape"):
         distiller.fit(data()[0], np.zeros((32, 5, 2)), verbose=0)
-
-
-def test_the_stock_distiller_has_what_is_built_on():
-    stock = keras.distillation.Distiller
-    for name in ("_create_multi_feature_extractors", "_extract_all_teacher_features"):
-        assert callable(getattr(stock, name))
-    distiller = Distiller(net(8), net(4))
-    assert distiller._teacher_feature_extractor is None
-    assert set(distiller._extract_all_teacher_features(data()[0])) == {"final_output"}

@@ -7,11 +7,23 @@ import keras
 
 from tfaccel.core import keras_private
 from tfaccel.core.checks import check_fraction, check_type
+from tfaccel.distillation.arguments import (
+    Weight,
+    check_built,
+    check_same_shapes,
+    is_schedule,
+    list_losses,
+    list_weights,
+    serialize_weight,
+)
+from tfaccel.distillation.batches import Batch, StoredTeacher, read_batch
+from tfaccel.distillation.extraction import FINAL, extract, layer_names, pick, shapes_of
+from tfaccel.distillation.heads import make_heads, shapes_for_heads
 from tfaccel.distillation.losses import LogitDistillation
 
 # Keras neither tracks nor saves these: the teacher is not a part of what is trained, and the
 # extractors are made of the layers of teacher and student.
-_OUTSIDE = ("teacher", "_teacher_feature_extractor", "_student_feature_extractor")
+_OUTSIDE = ("teacher", "_teacher_extractor", "_student_extractor", "_latest")
 
 
 @keras.saving.register_keras_serializable("tfaccel")
@@ -21,24 +33,31 @@ class Distiller(keras.distillation.Distiller):
     loss = alpha · (the student's own loss) + (1 - alpha) · (distillation losses) + regularization
 
     To Keras this model *is* the student: its weights, metrics, predictions and checkpoints are the
-    student's. `compile` and `fit` it as you would the student (the loss gets the student's outputs,
-    so mostly `from_logits=True`); sample weights count in both terms. Then take `.student`.
+    student's, with those of the losses' heads (projections, memories) beside them. `compile` and
+    `fit` it as you would the student (the loss gets the student's outputs, so mostly
+    `from_logits=True`); sample weights count in both terms. Then take `.student`.
 
     The teacher runs as in inference and is not changed in any way, not even frozen. It is not saved
-    either: a distiller that is loaded from a file evaluates and predicts; to train on, set its
-    `teacher` again.
+    either: a distiller that is loaded from a file evaluates (the student's own loss) and predicts;
+    to train on, set its `teacher` again.
 
-    What `keras.distillation.Distiller` lacks: sample weights, the student's regularizers and
-    `add_loss`, dict metrics, a float32 teacher for a student in mixed precision, training on from
-    a file.
+    The x of a batch is what the student takes, or `{"inputs": that, "sample_index": [batch],
+    "teacher_outputs": what the teacher would say}`, the last two as needed; with the last the
+    teacher does not run (`cache_teacher` makes such data).
+
+    What `keras.distillation.Distiller` lacks: losses that learn projections, schedules, one forward
+    pass for outputs and features, sample weights, the student's regularizers and `add_loss`, dict
+    metrics, a float32 teacher for a student in mixed precision, training on from a file.
 
     Args:
-        teacher: a built model, of the student's input and output shapes.
+        teacher: a built model of the student's input shapes, or a `TeacherCache`. Their output
+            shapes are equal where a loss compares outputs.
         student: a built model; a pruned or quantization-aware one is as welcome.
-        alpha: weight of the student's own loss, in [0, 1]. At 0 no labels are needed.
+        alpha: weight of the student's own loss, in [0, 1], or a Keras learning-rate schedule that
+            gives it for each batch seen. At 0 no labels are needed.
         temperature: of the default loss, `LogitDistillation`; 3 if not given.
         losses: other distillation losses, one or several.
-        loss_weights: a weight for each of `losses`; 1 by default.
+        loss_weights: a weight or schedule for each of `losses`; 1 by default.
         name: of the model.
 
     Raises:
@@ -64,44 +83,53 @@ class Distiller(keras.distillation.Distiller):
 
     def __init__(
         self,
-        teacher: keras.Model | None,
+        teacher: keras.Model | StoredTeacher | None,
         student: keras.Model,
         *,
-        alpha: float = 0.5,
+        alpha: Weight = 0.5,
         temperature: float | None = None,
         losses: Any = None,
-        loss_weights: Sequence[float] | None = None,
+        loss_weights: Sequence[Weight] | None = None,
         name: str = "distiller",
         **kwargs: Any,
     ) -> None:
         check_type("student", student, keras.Model)
-        _check_built("student", student)
-        check_fraction("alpha", alpha, closed_right=True)
-        losses = _loss_list(losses, temperature)
-        loss_weights = _weight_list(loss_weights, losses)
+        check_built("student", student)
+        if not is_schedule(alpha):
+            check_fraction("alpha", alpha, closed_right=True)
+            alpha = float(alpha)
+        losses = list_losses(losses, temperature)
+        loss_weights = list_weights(loss_weights, losses)
+        head_shapes = kwargs.pop("head_shapes", None)  # of a distiller that is loaded
         kwargs = {"dtype": student.dtype_policy, **kwargs, "autocast": False}
         # The constructor of the stock Distiller wants a teacher, and freezes it for good.
         super(keras.distillation.Distiller, self).__init__(name=name, **kwargs)
         self.student = student
-        self.student_loss_weight = float(alpha)
+        self.student_loss_weight = alpha
         self.distillation_losses = losses
         self.distillation_loss_weights = loss_weights
         self.student_loss_tracker = keras.metrics.Mean(name="student_loss")
         self.distillation_loss_tracker = keras.metrics.Mean(name="distillation_loss")
         self.total_loss_tracker = keras.metrics.Mean(name="total_loss")
+        self.batches_seen = None
+        if any(is_schedule(weight) for weight in (alpha, *loss_weights)):
+            self.batches_seen = self.add_weight(
+                shape=(), dtype="int32", initializer="zeros", trainable=False, name="batches_seen"
+            )
         self.built = True
+        self._latest = None
+        self._student_extractor = extract(student, losses, "student")
+        self._head_shapes = head_shapes
+        self.heads, self._head_of = make_heads(losses, head_shapes or [None] * len(losses))
         self.teacher = teacher
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OUTSIDE:
             super().__setattr__(name, value)
             return
-        if name == "teacher" and value is not None:
-            self._check_teacher(value)
+        if name == "teacher":
+            self._take_teacher(value)
         object.__setattr__(self, name, value)
-        if name == "teacher" and value is not None:
-            self._create_multi_feature_extractors()
-            self.supports_jit = all(layer.supports_jit for layer in keras_private.sublayers(value))
 
     def __dir__(self) -> list[str]:
         # Keras saves every model that it finds here.
@@ -114,13 +142,13 @@ class Distiller(keras.distillation.Distiller):
             ValueError: `compile` was given no loss though alpha is above 0, or a loaded distiller
                 has no teacher.
         """
-        if self.loss is None and self.student_loss_weight > 0:
+        if self.loss is None and self.student_loss_weight != 0:
             raise ValueError(
                 f"alpha={self.student_loss_weight} gives weight to the student's own loss, "
                 "but there is none. Pass loss= to compile(), or alpha=0 to learn from the teacher "
                 "alone."
             )
-        if self.teacher is None and self.student_loss_weight < 1:
+        if self.teacher is None and self.student_loss_weight != 1:
             raise ValueError(
                 f"{self.name!r} was loaded from a file, which holds no teacher. Set it before "
                 "training on: distiller.teacher = tfaccel.load_model('teacher.keras')."
@@ -144,7 +172,7 @@ class Distiller(keras.distillation.Distiller):
             sample_weight: weights of the samples, in both terms.
             training: whether this is a training step.
         """
-        alpha = self.student_loss_weight
+        alpha = self._at_this_batch(self.student_loss_weight)
         if y_pred is None:
             y_pred = self(x, training=training)
         regularization = sum((keras.ops.sum(loss) for loss in self.losses), start=0.0)
@@ -154,43 +182,147 @@ class Distiller(keras.distillation.Distiller):
             )
         else:
             own = keras.ops.zeros(())
-        if alpha < 1 and self.teacher is not None:
-            distilled = self._distillation_loss(x, y_pred, sample_weight, training)
+        batch = read_batch(x)
+        taught = self._taught(batch, training) if self.student_loss_weight != 1 else None
+        if taught is not None:
+            distilled = self._distillation_loss(
+                batch, taught, y_pred, sample_weight=sample_weight, labels=y, training=training
+            )
             total = alpha * own + (1 - alpha) * (distilled + regularization)
         else:
             distilled, total = keras.ops.zeros(()), own
-        batch = keras.ops.shape(keras.tree.flatten(y_pred)[0])[0]
-        self.student_loss_tracker.update_state(own, sample_weight=batch)
-        self.distillation_loss_tracker.update_state(distilled, sample_weight=batch)
-        self.total_loss_tracker.update_state(total, sample_weight=batch)
+        if training and self.batches_seen is not None:
+            self.batches_seen.assign_add(1)
+        size = keras.ops.shape(keras.tree.flatten(y_pred)[0])[0]
+        self.student_loss_tracker.update_state(own, sample_weight=size)
+        self.distillation_loss_tracker.update_state(distilled, sample_weight=size)
+        self.total_loss_tracker.update_state(total, sample_weight=size)
         return total
 
-    def _distillation_loss(self, x: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:
-        taught = keras.tree.map_structure(
-            keras.ops.stop_gradient, self._extract_all_teacher_features(x)
-        )
-        learnt = {"final_output": y_pred}
-        if self._student_feature_extractor is not None:
-            features = self._student_feature_extractor(x, training=training)
-            learnt = {**features, **learnt}
-        total = 0.0
-        pairs = zip(self.distillation_losses, self.distillation_loss_weights, strict=True)
-        for loss, weight in pairs:
-            teacher_outputs = taught[getattr(loss, "teacher_layer_name", None) or "final_output"]
-            student_outputs = learnt[getattr(loss, "student_layer_name", None) or "final_output"]
+    def call(self, inputs: Any, training: bool | None = None, **kwargs: Any) -> Any:
+        """Returns the student's outputs."""
+        inputs = read_batch(inputs).inputs
+        if self._student_extractor is None:
+            return self.student(inputs, training=training, **kwargs)
+        features = self._student_extractor(inputs, training=training, **kwargs)
+        # For compute_loss, which follows: a second pass would cost as much again, draw other
+        # dropout and move the batch norms' statistics twice.
+        self._latest = features
+        return features[FINAL]
+
+    def _at_this_batch(self, weight: Weight) -> Any:
+        """Returns a weight, or what its schedule says by now."""
+        if self.batches_seen is None or not is_schedule(weight):
+            return weight
+        return keras.ops.cast(weight(keras.ops.convert_to_tensor(self.batches_seen)), "float32")
+
+    def _taught(self, batch: Batch, training: bool) -> Mapping[str, Any] | None:
+        """Returns what the teacher says by layer name; None where nobody can tell."""
+        if batch.teacher_outputs is not None:
+            taught: Any = batch.teacher_outputs
+        elif self._teacher_extractor is not None:
+            taught = self._teacher_extractor(batch.inputs, training=False)
+        elif isinstance(self.teacher, keras.Model):
+            taught = {FINAL: self.teacher(batch.inputs, training=False)}
+        elif self.teacher is not None and training:
+            raise ValueError(
+                f"The outputs of the teacher {self.teacher.name!r} are stored, but this batch does "
+                "not bring them. Fit the data set that the cache makes: cache.dataset(x, y, ...)."
+            )
+        else:
+            return None
+        return keras.tree.map_structure(keras.ops.stop_gradient, taught)
+
+    def _learnt(self, batch: Batch, y_pred: Any, training: bool) -> Mapping[str, Any]:
+        """Returns the student's features by layer name, its output among them."""
+        if self._student_extractor is None:
+            return {FINAL: y_pred}
+        latest, self._latest = self._latest, None
+        made = keras.tree.flatten(latest[FINAL])[0] if latest is not None else None
+        if made is not keras.tree.flatten(y_pred)[0]:
+            latest = self._student_extractor(batch.inputs, training=training)
+        return {**latest, FINAL: y_pred}
+
+    def _distillation_loss(
+        self,
+        batch: Batch,
+        taught: Mapping[str, Any],
+        y_pred: Any,
+        *,
+        sample_weight: Any,
+        labels: Any,
+        training: bool,
+    ) -> Any:
+        learnt = self._learnt(batch, y_pred, training)
+        options = {
+            "sample_weight": sample_weight,
+            "labels": labels,
+            "sample_index": batch.sample_index,
+            "training": training,
+        }
+        total = keras.ops.zeros(())
+        for place, loss in enumerate(self.distillation_losses):
+            teacher_outputs = pick(taught, loss, "teacher")
+            student_outputs = pick(learnt, loss, "student")
             loss.validate_outputs(teacher_outputs, student_outputs)
-            value = loss.compute_loss(teacher_outputs, student_outputs, sample_weight=sample_weight)
+            head = self._head_of[place]
+            more = {} if head is None else {"head": self.heads[head]}
+            value = loss.compute_loss(teacher_outputs, student_outputs, **options, **more)
+            weight = self._at_this_batch(self.distillation_loss_weights[place])
             total = total + weight * keras.ops.cast(value, "float32")
         return total
 
+    def _take_teacher(self, teacher: Any) -> None:
+        """Checks a teacher, prepares to look into it, and makes the heads if there are none yet."""
+        self._teacher_extractor = None
+        if teacher is None:
+            return
+        if isinstance(teacher, keras.Model):
+            self._check_teacher(teacher)
+            self._teacher_extractor = extract(teacher, self.distillation_losses, "teacher")
+            self.supports_jit = all(
+                layer.supports_jit for layer in keras_private.sublayers(teacher)
+            )
+        else:
+            check_type("teacher", teacher, (keras.Model, StoredTeacher))
+            self._check_stored(teacher)
+        if not any(hasattr(loss, "make_head") for loss in self.distillation_losses):
+            return
+        shapes = shapes_for_heads(
+            self.distillation_losses,
+            shapes_of(teacher, self._teacher_extractor),
+            shapes_of(self.student, self._student_extractor),
+        )
+        if self._head_shapes is None:
+            self._head_shapes = shapes
+            self.heads, self._head_of = make_heads(self.distillation_losses, shapes)
+        elif shapes != self._head_shapes:
+            raise ValueError(
+                f"{self.name!r} has learnt projections for features of the shapes "
+                f"{self._head_shapes} (of teacher and student, for each loss), but with the "
+                f"teacher {teacher.name!r} they are {shapes}. Set the same teacher, or make a new "
+                "Distiller."
+            )
+
     def _check_teacher(self, teacher: Any) -> None:
-        check_type("teacher", teacher, keras.Model)
-        _check_built("teacher", teacher)
-        if keras_private.has_graph(teacher) and keras_private.has_graph(self.student):
-            for side in ("input", "output"):
-                _check_same_shapes(side, teacher, self.student)
+        check_built("teacher", teacher)
         for loss in self.distillation_losses:
             loss.validate_model_compatibility(teacher, self.student)
+        if not (keras_private.has_graph(teacher) and keras_private.has_graph(self.student)):
+            return
+        check_same_shapes("input", teacher, self.student)
+        if any(isinstance(loss, LogitDistillation) for loss in self.distillation_losses):
+            check_same_shapes("output", teacher, self.student)
+
+    def _check_stored(self, teacher: StoredTeacher) -> None:
+        wanted = layer_names(self.distillation_losses, "teacher")
+        missing = [name for name in wanted if name not in teacher.output_shapes]
+        if missing:
+            raise ValueError(
+                f"The losses look at the teacher's layers {', '.join(map(repr, wanted))}, but the "
+                f"stored outputs of {teacher.name!r} have no {', '.join(map(repr, missing))}. "
+                f"Store them too: cache_teacher(..., layers={wanted!r})."
+            )
 
     def get_config(self) -> dict[str, Any]:
         """Returns student, losses and weights, serialized; the teacher is left out."""
@@ -199,9 +331,10 @@ class Distiller(keras.distillation.Distiller):
             "name": self.name,
             "dtype": serialize(self.dtype_policy),
             "student": serialize(self.student),
-            "alpha": self.student_loss_weight,
+            "alpha": serialize_weight(self.student_loss_weight),
             "losses": [serialize(loss) for loss in self.distillation_losses],
-            "loss_weights": list(self.distillation_loss_weights),
+            "loss_weights": [serialize_weight(weight) for weight in self.distillation_loss_weights],
+            "head_shapes": self._head_shapes,
         }
 
     @classmethod
@@ -216,58 +349,3 @@ class Distiller(keras.distillation.Distiller):
             for key, value in config.items()
         }
         return cls(None, **restored)
-
-
-def _check_built(role: str, model: keras.Model) -> None:
-    if not model.built:
-        raise ValueError(
-            f"Distiller needs a built {role}, but {model.name!r} has no weights yet. "
-            f"Call {model.name}.build(input_shape) or run one batch first."
-        )
-
-
-def _check_same_shapes(side: str, teacher: keras.Model, student: keras.Model) -> None:
-    shapes = [
-        [tuple(tensor.shape) for tensor in getattr(model, f"{side}s")]
-        for model in (teacher, student)
-    ]
-    same = len(shapes[0]) == len(shapes[1]) and all(
-        len(a) == len(b) and all(None in (m, n) or m == n for m, n in zip(a, b, strict=True))
-        for a, b in zip(*shapes, strict=True)
-    )
-    if not same:
-        raise ValueError(
-            f"Teacher and student need the same {side} shapes, but the teacher {teacher.name!r} "
-            f"has {_listed(shapes[0])} and the student {student.name!r} has {_listed(shapes[1])}."
-        )
-
-
-def _listed(shapes: list[tuple[int | None, ...]]) -> str:
-    return ", ".join(map(str, shapes))
-
-
-def _loss_list(losses: Any, temperature: float | None) -> list[Any]:
-    if losses is None:
-        return [LogitDistillation() if temperature is None else LogitDistillation(temperature)]
-    if temperature is not None:
-        raise ValueError(
-            f"temperature={temperature} is for the default loss, but losses= was given too. "
-            "Give the temperature to the loss itself."
-        )
-    listed = list(losses) if isinstance(losses, (list, tuple)) else [losses]
-    if not listed:
-        raise ValueError("losses= is empty. Leave it out for LogitDistillation, or give a loss.")
-    for loss in listed:
-        check_type("losses", loss, keras.distillation.DistillationLoss)
-    return listed
-
-
-def _weight_list(weights: Sequence[float] | None, losses: list[Any]) -> list[float]:
-    if weights is None:
-        return [1.0] * len(losses)
-    if len(weights) != len(losses):
-        raise ValueError(
-            "loss_weights needs one weight for each loss, but got "
-            f"{len(weights)} for {len(losses)}."
-        )
-    return [float(weight) for weight in weights]
