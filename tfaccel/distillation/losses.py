@@ -16,9 +16,54 @@ _PROBABILITIES = ("softmax", "sigmoid")
 _PASSES_THROUGH = (keras.layers.Flatten, keras.layers.Identity, keras.layers.Reshape)
 
 
+@dataclasses.dataclass(frozen=True)
+class OutputLoss(Configurable, keras.distillation.DistillationLoss):
+    """Base of losses that compare the outputs of two models, of equal shapes, output by output.
+
+    A subclass is a frozen dataclass that defines `_terms`. What several outputs give is added.
+    """
+
+    def compute_loss(
+        self,
+        teacher_outputs: Any,
+        student_outputs: Any,
+        sample_weight: Any = None,
+        labels: Any = None,
+        **_: Any,
+    ) -> Any:
+        """Returns the loss.
+
+        Args:
+            teacher_outputs: [batch, ..., outputs], or a structure of such.
+            student_outputs: likewise, of the same shapes.
+            sample_weight: [batch, ...], one for all outputs or one for each.
+            labels: y as `fit` got it, one for each output; few losses need them.
+
+        Returns:
+            [] float32.
+
+        Raises:
+            ValueError: weights or labels are neither one for all outputs nor one for each.
+        """
+        teachers = keras.tree.flatten(teacher_outputs)
+        students = keras.tree.flatten(student_outputs)
+        weights = _one_for_each("sample_weight", sample_weight, students)
+        truths = _one_for_each("labels", labels, students)
+        each = zip(teachers, students, weights, truths, strict=True)
+        return sum((self._of_output(*output) for output in each), start=keras.ops.zeros(()))
+
+    def _of_output(self, teacher: Any, student: Any, weight: Any, labels: Any) -> Any:
+        teacher, student = (keras.ops.cast(side, "float32") for side in (teacher, student))
+        return weighted_mean(self._terms(teacher, student, labels), weight)
+
+    def _terms(self, teacher: Any, student: Any, labels: Any) -> Any:
+        """Returns what each sample adds, [batch, ...], for outputs in float32."""
+        raise NotImplementedError(f"{type(self).__name__} must define _terms().")
+
+
 @keras.saving.register_keras_serializable("tfaccel")
 @dataclasses.dataclass(frozen=True)
-class LogitDistillation(Configurable, keras.distillation.DistillationLoss):
+class LogitDistillation(OutputLoss):
     """How far the student's softened class probabilities are from the teacher's (Hinton 2015).
 
     loss = T² · mean over samples of KL(softmax(teacher / T) ‖ softmax(student / T))
@@ -47,38 +92,12 @@ class LogitDistillation(Configurable, keras.distillation.DistillationLoss):
     def __post_init__(self) -> None:
         check_positive("temperature", self.temperature)
 
-    def compute_loss(
-        self, teacher_outputs: Any, student_outputs: Any, sample_weight: Any = None, **_: Any
-    ) -> Any:
-        """Returns the loss.
-
-        Args:
-            teacher_outputs: logits, [batch, ..., classes], or a structure of such.
-            student_outputs: likewise, of the same shapes.
-            sample_weight: [batch, ...], one for all outputs or one for each.
-
-        Returns:
-            [] float32.
-        """
-        teachers = keras.tree.flatten(teacher_outputs)
-        students = keras.tree.flatten(student_outputs)
-        weights = keras.tree.flatten(sample_weight)
-        if len(weights) == 1:
-            weights = weights * len(students)
-        terms = [self._term(*each) for each in zip(teachers, students, weights, strict=True)]
-        return sum(terms[1:], start=terms[0])
-
-    def _term(self, teacher: Any, student: Any, weight: Any) -> Any:
+    def _terms(self, teacher: Any, student: Any, labels: Any) -> Any:  # noqa: ARG002
         ops = keras.ops
-        teacher = ops.log_softmax(ops.cast(teacher, "float32") / self.temperature, axis=-1)
-        student = ops.log_softmax(ops.cast(student, "float32") / self.temperature, axis=-1)
+        teacher = ops.log_softmax(teacher / self.temperature, axis=-1)
+        student = ops.log_softmax(student / self.temperature, axis=-1)
         divergence = ops.sum(ops.exp(teacher) * (teacher - student), axis=-1)
-        if weight is not None:
-            weight = ops.cast(weight, "float32")
-            rank = len(divergence.shape)
-            shape = (*ops.shape(weight)[:rank], *([1] * (rank - len(weight.shape))))
-            divergence = divergence * ops.reshape(weight, shape)
-        return self.temperature**2 * ops.mean(divergence)
+        return self.temperature**2 * divergence
 
     def validate_model_compatibility(self, teacher: keras.Model, student: keras.Model) -> None:
         """Checks that both models give logits, as far as their graphs tell.
@@ -86,18 +105,57 @@ class LogitDistillation(Configurable, keras.distillation.DistillationLoss):
         Raises:
             ValueError: a model ends in softmax or sigmoid, or has one output class.
         """
-        for role, model in (("teacher", teacher), ("student", student)):
-            if keras_private.has_graph(model):
-                _check_logits(role, model)
+        check_logits(teacher, student, classes=2)
 
 
-def _check_logits(role: str, model: keras.Model) -> None:
+def weighted_mean(terms: Any, weight: Any) -> Any:
+    """Returns the mean of weight · term.
+
+    Args:
+        terms: [batch, ...].
+        weight: [batch, ...] of as many dimensions or fewer, or None for 1. More than these have to
+            be of size 1.
+    """
+    ops = keras.ops
+    if weight is not None:
+        weight = ops.cast(weight, "float32")
+        rank = len(terms.shape)
+        shape = (*ops.shape(weight)[:rank], *([1] * (rank - len(weight.shape))))
+        terms = terms * ops.reshape(weight, shape)
+    return ops.mean(terms)
+
+
+def _one_for_each(name: str, given: Any, outputs: list[Any]) -> list[Any]:
+    flat = keras.tree.flatten(given)
+    if len(flat) == 1:
+        flat = flat * len(outputs)
+    if len(flat) != len(outputs):
+        raise ValueError(
+            f"{name} must be one for all outputs or one for each, but there are {len(flat)} for "
+            f"{len(outputs)} outputs."
+        )
+    return flat
+
+
+def check_logits(teacher: keras.Model, student: keras.Model, classes: int = 1) -> None:
+    """Checks that two models give logits, of enough classes, as far as their graphs tell.
+
+    Raises:
+        ValueError: a model ends in softmax or sigmoid, or has fewer output classes.
+    """
+    for role, model in (("teacher", teacher), ("student", student)):
+        if keras_private.has_graph(model):
+            _check_logits(role, model, classes)
+
+
+def _check_logits(role: str, model: keras.Model, classes: int) -> None:
     graph = Graph.read(model)
     for position, output in enumerate(graph.outputs):
-        if output.shape and output.shape[-1] == 1:
+        if output.shape and output.shape[-1] is not None and output.shape[-1] < classes:
             raise ValueError(
                 f"Logits of one class say nothing: the {role} {model.name!r} has an output of "
-                f"shape {output.shape}. Logit distillation needs two classes or more."
+                f"shape {output.shape}. Logit distillation needs two classes or more "
+                "(for one logit, a sigmoid's: MultiLabelDistillation)."
             )
         activation = _last_activation(graph, position)
         if activation in _PROBABILITIES:
