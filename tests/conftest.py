@@ -30,6 +30,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group("distributed"))
         elif item.path.parent.name != "contracts":
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
+        elif hasattr(item, "callspec"):  # what looks at one trained model
+            item.add_marker(pytest.mark.xdist_group(str(item.callspec.params.get("name"))))
     if importlib.util.find_spec("horovod") is not None:
         return
     skip = pytest.mark.skip(reason="needs Horovod (tools/build_horovod.py --install)")

@@ -11,12 +11,18 @@ from tfaccel.recipes import load_recipe
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ARGUMENTS = {
     "distill.py": ["1"],
+    "distill_tasks.py": ["1"],
     "lighten.py": ["models", "1"],
     "prune_and_quantize.py": ["models", "1"],
     "prune_channels_for_latency.py": ["models", "1"],
 }
 PRINTED = {
     "distill.py": ["teacher, all labels", "student, 100 labels", "student, teacher and no labels"],
+    "distill_tasks.py": [
+        "two teachers, all labels",
+        "student, 200 labels",
+        "student, two teachers",
+    ],
     "lighten.py": ["trained", "factorized", "fine-tuned"],
     "prune_and_quantize.py": ["float", "pruned", "int8"],
     "prune_channels_for_latency.py": ["whole", "fast"],

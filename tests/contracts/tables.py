@@ -14,6 +14,7 @@ from keras import layers
 
 import tfaccel
 from tests.core.transform_samples import Neutral, all_weights
+from tfaccel import distillation
 from tfaccel.compat.tfmot.sparsity import keras as sparsity
 from tfaccel.core.graph import flat_layers
 from tfaccel.core.transforms import transform_model
@@ -184,7 +185,7 @@ REWRITES: dict[str, Rewrite] = {
 
 def distiller(student: keras.Model) -> keras.Model:
     """A distiller with an untrained teacher."""
-    return tfaccel.distillation.Distiller(convolutional(), student)
+    return distillation.Distiller(convolutional(), student)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,13 +195,35 @@ class Part:
     make: Callable[[], Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Loss(Part):
+    """A distillation loss that compares the outputs of two models, and is 0 for equal ones.
+
+    Attributes:
+        options: what `compute_loss` needs besides.
+    """
+
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 # What lands in a saved model besides TransformedLayer, which the rewrites above put there.
 LAYERS: dict[str, Part] = {
     "Dequantize": Part(lambda: tfaccel.quantization.Dequantize(name="end_of_integers")),
     "FakeQuantize": Part(lambda: tfaccel.quantization.FakeQuantize(name="quantize")),
 }
-LOSSES: dict[str, Part] = {
-    "LogitDistillation": Part(lambda: tfaccel.distillation.LogitDistillation(temperature=2.0)),
+LOSSES: dict[str, Loss] = {
+    "LogitDistillation": Loss(lambda: distillation.LogitDistillation(temperature=2.0)),
+    "DecoupledDistillation": Loss(
+        lambda: distillation.DecoupledDistillation(beta=2.0), {"labels": np.array([0, 1, 2, 3, 0])}
+    ),
+    "MultiLabelDistillation": Loss(lambda: distillation.MultiLabelDistillation(temperature=2.0)),
+    "RegressionDistillation": Loss(lambda: distillation.RegressionDistillation(sigma=0.5)),
+    "HintLoss": Loss(lambda: distillation.HintLoss(resize="bilinear")),
+    "SimilarityPreserving": Loss(distillation.SimilarityPreserving),
+    "RelationalDistillation": Loss(lambda: distillation.RelationalDistillation(angle_weight=1.0)),
+    "ForOutput": Loss(
+        lambda: distillation.ForOutput(0, distillation.LogitDistillation(temperature=2.0))
+    ),
 }
 SCHEDULES: dict[str, Part] = {
     "ConstantSparsity": Part(lambda: tfaccel.pruning.ConstantSparsity(0.5, 2)),

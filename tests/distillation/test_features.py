@@ -9,7 +9,7 @@ from keras import layers, ops
 
 import tfaccel
 from tests.distillation.test_distiller import compiled, data, fit, linear, net
-from tfaccel.distillation import Distiller, LogitDistillation
+from tfaccel.distillation import Distiller, ForOutput, HintLoss, LogitDistillation
 from tfaccel.distillation.batches import read_batch
 from tfaccel.distillation.feature_losses import FeatureLoss
 from tfaccel.pruning import UpdatePruning, prune
@@ -246,6 +246,39 @@ def test_outputs_may_differ_where_no_loss_compares_them():
     assert np.isfinite(fit(distiller)["loss"][0])
     with pytest.raises(ValueError, match="same output shapes"):
         Distiller(teacher, net(4))
+
+
+def nested(seed):
+    keras.utils.set_random_seed(seed)
+    inner = keras.Input((6,))
+    body = keras.Model(inner, layers.Dense(5, activation="relu")(inner), name="body")
+    inputs = keras.Input((6,))
+    return keras.Model(inputs, layers.Dense(3, name="logits")(body(inputs)), name="nested")
+
+
+def test_what_a_nested_model_gives_is_a_feature_too():
+    teacher, student = nested(0), nested(1)
+    x, y = data(16)
+    loss = keras.distillation.FeatureDistillation("mse", "body", "body")
+    distiller = compiled(Distiller(teacher, student, alpha=0.0, losses=loss))
+    found = distiller.evaluate(x, y, verbose=0, return_dict=True)["distillation_loss"]
+    features = [model.get_layer("body").predict(x, verbose=0) for model in (teacher, student)]
+    assert found == pytest.approx(((features[0] - features[1]) ** 2).mean(), rel=1e-5)
+
+
+def test_a_head_for_one_of_several_outputs():
+    def two_heads(seed, width):
+        keras.utils.set_random_seed(seed)
+        inputs = keras.Input((6,))
+        heads = {"a": layers.Dense(3, name="a")(inputs), "b": layers.Dense(width, name="b")(inputs)}
+        return keras.Model(inputs, heads)
+
+    losses = [ForOutput("a", LogitDistillation()), ForOutput("b", HintLoss())]
+    distiller = Distiller(two_heads(0, 7), two_heads(1, 4), alpha=0.0, losses=losses)
+    assert tuple(distiller.heads[0].kernel.shape) == (4, 7)
+    distiller.compile(keras.optimizers.Adam(0.05))
+    found = distiller.fit(data(64)[0], epochs=15, verbose=0).history["distillation_loss"]
+    assert found[-1] < 0.5 * found[0]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tfaccel
 from tests.distillation.test_distiller import compiled, data, fit, net
-from tfaccel.distillation import Distiller
+from tfaccel.distillation import Distiller, HintLoss, LogitDistillation
 from tfaccel.pruning import UpdatePruning, prune
 
 assert keras.backend.backend() == "jax"
@@ -43,6 +43,23 @@ for a, b in zip(taught, teacher.get_weights(), strict=True):
     np.testing.assert_array_equal(a, b)
 plain = tfaccel.strip(resumed.student)
 assert (plain.get_layer("hidden").get_weights()[0] == 0).mean() == 0.5
+
+# Features, projections and a weight by schedule: the student runs once, and its statistics with it.
+schedule = keras.optimizers.schedules.PolynomialDecay(0.2, 12, 0.8, power=1.0)
+student = net(4, seed=1)
+losses = [LogitDistillation(), HintLoss("hidden", "hidden")]
+distiller = Distiller(teacher, student, alpha=schedule, losses=losses)
+compiled(distiller, keras.optimizers.SGD(0.0))
+x, y = data(32)
+hidden = np.maximum(x @ student.get_layer("hidden").get_weights()[0], 0)
+distiller.train_on_batch(x, y)
+mean = np.asarray(student.get_layer("norm").moving_mean)
+np.testing.assert_allclose(mean, 0.01 * hidden.mean(axis=0), rtol=1e-4, atol=1e-6)
+assert int(distiller.batches_seen) == 1
+compiled(distiller, "adam")
+before = np.array(distiller.heads[0].kernel)
+assert np.isfinite(fit(distiller, 3)["loss"]).all()
+assert np.abs(np.array(distiller.heads[0].kernel) - before).max() > 1e-3
 print("done")
 """
 

@@ -29,6 +29,7 @@ def job(tmp_path_factory):
         tmp_path_factory.mktemp("job"),
         *("collectives", "mismatches", "broadcast_callback", "metric_average"),
         *("equality", "backward_passes", "summed", "sparse", "several_steps", "custom_loops"),
+        "distillation",
         *("mixed_precision", "overflow_on_one_rank", "half_variables"),
         *("drift", "late_drift", "compiled_by_xla", "save", "resume"),
     )

@@ -95,6 +95,13 @@ def test_accumulation_sum_and_loops_equal_one_process(job):
 
 
 @pytest.mark.horovod
+def test_a_distiller_with_a_projection_trains_as_in_one_process(job):
+    for found in job["distillation"]:
+        assert found["error"] <= 1e-6
+        assert found["moved"] > 1e-3
+
+
+@pytest.mark.horovod
 def test_sparse_gradients_are_gathered(job):
     for found in job["sparse"]:
         assert "IndexedSlices" in found["kinds"]

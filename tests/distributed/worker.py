@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfaccel.distributed as hvd
+from tfaccel.distillation import Distiller, HintLoss, LogitDistillation
 
 BATCH, STEPS, FEATURES, CLASSES = 8, 6, 6, 3
 
@@ -145,6 +146,22 @@ def several_steps():
     return compare(
         make_model, lambda: keras.optimizers.Adam(0.01), data, epochs=2, steps_per_execution=3
     )
+
+
+def make_distiller(seed=1):
+    """A student with a learned projection of its features, and a weight that changes by batch."""
+    student = make_model(seed)
+    hint = HintLoss("hidden", "hidden", regressor="linear")
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.2, STEPS, 0.8, power=1.0)
+    keras.utils.set_random_seed(seed)
+    return Distiller(
+        make_model(7), student, alpha=schedule, losses=[LogitDistillation(), hint], name="distiller"
+    )
+
+
+def distillation():
+    data = make_data(BATCH * hvd.size() * STEPS)
+    return compare(make_distiller, lambda: keras.optimizers.Adam(0.01), data, epochs=2)
 
 
 def custom_loops():

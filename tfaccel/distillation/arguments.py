@@ -1,14 +1,15 @@
 """The arguments of a distiller, checked and in one form."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
 from tfaccel.core.checks import check_number, check_type
 from tfaccel.distillation.losses import LogitDistillation
 
-Weight = float | keras.optimizers.schedules.LearningRateSchedule
+# A number or a keras.optimizers.schedules.LearningRateSchedule; to mypy, Keras has no types.
+Weight: TypeAlias = float | Any
 
 
 def check_built(role: str, model: keras.Model) -> None:

@@ -19,7 +19,7 @@ from tfaccel.distillation.arguments import (
 from tfaccel.distillation.batches import Batch, StoredTeacher, read_batch
 from tfaccel.distillation.extraction import FINAL, extract, layer_names, pick, shapes_of
 from tfaccel.distillation.heads import make_heads, shapes_for_heads
-from tfaccel.distillation.losses import LogitDistillation
+from tfaccel.distillation.losses import OutputLoss
 
 # Keras neither tracks nor saves these: the teacher is not a part of what is trained, and the
 # extractors are made of the layers of teacher and student.
@@ -210,7 +210,7 @@ class Distiller(keras.distillation.Distiller):
         self._latest = features
         return features[FINAL]
 
-    def _at_this_batch(self, weight: Weight) -> Any:
+    def _at_this_batch(self, weight: Any) -> Any:
         """Returns a weight, or what its schedule says by now."""
         if self.batches_seen is None or not is_schedule(weight):
             return weight
@@ -237,7 +237,8 @@ class Distiller(keras.distillation.Distiller):
         """Returns the student's features by layer name, its output among them."""
         if self._student_extractor is None:
             return {FINAL: y_pred}
-        latest, self._latest = self._latest, None
+        latest: Any = self._latest
+        self._latest = None
         made = keras.tree.flatten(latest[FINAL])[0] if latest is not None else None
         if made is not keras.tree.flatten(y_pred)[0]:
             latest = self._student_extractor(batch.inputs, training=training)
@@ -311,7 +312,7 @@ class Distiller(keras.distillation.Distiller):
         if not (keras_private.has_graph(teacher) and keras_private.has_graph(self.student)):
             return
         check_same_shapes("input", teacher, self.student)
-        if any(isinstance(loss, LogitDistillation) for loss in self.distillation_losses):
+        if any(isinstance(loss, OutputLoss) for loss in self.distillation_losses):
             check_same_shapes("output", teacher, self.student)
 
     def _check_stored(self, teacher: StoredTeacher) -> None:

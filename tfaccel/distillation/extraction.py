@@ -37,7 +37,11 @@ def extract(model: keras.Model, losses: Sequence[Any], role: str) -> keras.Model
         return None
     for name in names:
         check_layer_name(role, model, name)
-    outputs = {name: model.get_layer(name).output for name in names}
+    # A nested model's own `output` belongs to its own graph, so that the calls are asked.
+    called = {node.operation.name: node.outputs for node in keras_private.call_nodes(model)}
+    outputs: dict[str, Any] = {
+        name: called[name][0] if len(called[name]) == 1 else list(called[name]) for name in names
+    }
     functional = keras_private.functional_of(model)
     outputs[FINAL] = functional.output
     return keras.Model(functional.input, outputs, name=f"{model.name}_features")
@@ -52,9 +56,13 @@ def shapes_of(model: keras.Model | StoredTeacher, extractor: keras.Model | None)
     """Returns the shapes of a model's features by layer name, and of its output."""
     if not isinstance(model, keras.Model):
         return dict(model.output_shapes)
-    if extractor is None:
+    if extractor is not None:
+        outputs = extractor.output
+    elif keras_private.has_graph(model):
+        outputs = {FINAL: keras_private.functional_of(model).output}
+    else:
         return {FINAL: getattr(model, "output_shape", None)}
     return {
-        name: keras.tree.map_structure(lambda tensor: tuple(tensor.shape), outputs)
-        for name, outputs in extractor.output.items()
+        name: keras.tree.map_structure(lambda tensor: tuple(tensor.shape), output)
+        for name, output in outputs.items()
     }

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from tfaccel.core import keras_private
+from tfaccel.core.checks import check_type
 from tfaccel.core.configurable import Configurable
 
 
@@ -69,13 +70,15 @@ class FeatureLoss(Configurable, keras.distillation.DistillationLoss):
         """Checks that both models have the layers that are named.
 
         Raises:
-            ValueError: one is missing, or its model is subclassed and has no graph to look into.
+            TypeError: a name is no text.
+            ValueError: a layer is missing, or its model is subclassed and has no graph to look at.
         """
         for role, model, name in (
             ("teacher", teacher, self.teacher_layer_name),
             ("student", student, self.student_layer_name),
         ):
             if name is not None:
+                check_type(f"{role}_layer_name", name, str)
                 check_layer_name(role, model, name)
 
 
