@@ -73,6 +73,10 @@ class WeightTransform(Configurable):
         """Returns the weight to keep when the transform is stripped; by default f(w)."""
         return self(weight, training=False)
 
+    def constrain(self, weight: Any) -> Any:
+        """Returns what stays of the raw weight after an update; by default all of it."""
+        return weight
+
 
 Transforms = Sequence[tuple[str, WeightTransform]]
 
@@ -131,6 +135,7 @@ class TransformedLayer(keras.layers.Wrapper):
         )
         for key, transform in self._transforms:
             self._add_state(key, transform, variables[key])
+            _add_constraint(variables[key], transform)
         self.built = True
 
     def _add_state(self, key: str, transform: WeightTransform, variable: keras.Variable) -> None:
@@ -317,6 +322,17 @@ def _checked(
             )
         seen.add((key, type(transform)))
         yield key, transform
+
+
+def _add_constraint(variable: keras.Variable, transform: WeightTransform) -> None:
+    """Makes optimizers call the transform's `constrain`, after the constraint that is there.
+
+    It stands on the variable, not in the layer's config, so that a plain copy is free of it.
+    """
+    if type(transform).constrain is WeightTransform.constrain:
+        return
+    own = variable.constraint
+    variable.constraint = lambda weight: transform.constrain(own(weight) if own else weight)
 
 
 def wrap_layer(
