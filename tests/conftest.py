@@ -10,6 +10,10 @@ import pytest
 # Before anything imports them; worker processes that tests start inherit it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# The suite runs in as many processes as there are cores: threads beyond that stand in their way.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+    os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 
 # Tracing a model takes as long as it takes, and a failure has to come back on the next run.
 hypothesis.settings.register_profile(

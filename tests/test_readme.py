@@ -13,6 +13,7 @@ from tfaccel.cli import tfaccel as command
 from tfaccel.measurement import count
 
 README = Path(__file__).parent.parent / "README.md"
+DISTILLATION = README.parent / "docs" / "distillation.md"
 MIGRATION = README.parent / "docs" / "migrating_from_tfmot.md"
 
 
@@ -95,6 +96,27 @@ def test_migration_guide_runs_as_it_stands(tmp_path, monkeypatch):
     assert round(float((kernel == 0).mean()), 2) == 0.8
     run("import keras\n" + second.replace("0.5, 1, 500", "0.5, 1, 2, frequency=1"), sequential())
     assert (tmp_path / "pruned.tflite").exists()
+
+
+def test_guide_to_distillation_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = [re.sub(r"\bepochs=1", "verbose=0, epochs=1", text) for text in blocks(DISTILLATION)]
+    x, y = make_data(64)
+    x_test, y_test = make_data(32, seed=1)
+    names = {"keras": keras, "tfaccel": tfaccel, "x": x, "y": y, "x_test": x_test, "y_test": y_test}
+    for name in ("teacher", "other", "assistant", "student", "sibling"):
+        names[name] = convolutional()
+    names["texts"] = [
+        "a good film by one of our best directors",
+        "a bad film without any story to tell",
+        "good and bad at the same time",
+        "no other comedy makes you laugh so much",
+    ]
+    for number, text in enumerate(code):
+        exec(compile(text, f"distillation.md, block {number}", "exec"), names)  # noqa: S102
+    assert isinstance(names["small"], keras.Model)
+    assert len(code) == 6
+    assert names["more"].shape == (8, 12)
 
 
 def test_commands_exist_with_their_options():

@@ -31,7 +31,7 @@ def images(count=3, shape=SHAPE):
 def test_the_table_has_every_network():
     public = {name for name in tfaccel.architectures.__all__ if name[0].isupper()}
     layers = {name for name in public if inspect.isclass(getattr(tfaccel.architectures, name))}
-    assert public - layers - {"Reformer"} == set(BUILDERS)
+    assert public - layers - {"BERT", "Reformer"} == set(BUILDERS)  # those are for sequences
 
 
 @each

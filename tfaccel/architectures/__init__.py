@@ -3,6 +3,14 @@
 Convolutional ones are plain Keras layers altogether; those for sequences have layers of their own.
 """
 
+from tfaccel.architectures.attention_parts import (
+    AttentionMix,
+    AttentionScores,
+    FirstToken,
+    PositionEmbedding,
+    TokenMask,
+)
+from tfaccel.architectures.bert import BERT
 from tfaccel.architectures.blocks import (
     conv_activation,
     conv_bn_activation,
@@ -32,6 +40,7 @@ from tfaccel.architectures.sliced import SlicedRNN
 from tfaccel.architectures.squeezenet import SqueezeNet, fire
 
 __all__ = [
+    "BERT",
     "NIN",
     "QRNN",
     "SRU",
@@ -39,8 +48,11 @@ __all__ = [
     "VGG13",
     "VGG16",
     "VGG19",
+    "AttentionMix",
+    "AttentionScores",
     "AxialPositionEmbedding",
     "ChunkedFeedForward",
+    "FirstToken",
     "GoogLeNet",
     "LSHSelfAttention",
     "MobileNetV1",
@@ -48,12 +60,14 @@ __all__ = [
     "MobileNetV3Large",
     "MobileNetV3Small",
     "NormalizedLayer",
+    "PositionEmbedding",
     "Reformer",
     "ReversibleBlocks",
     "ShuffleNetV1",
     "ShuffleNetV2",
     "SlicedRNN",
     "SqueezeNet",
+    "TokenMask",
     "channel_shuffle",
     "conv_activation",
     "conv_bn_activation",

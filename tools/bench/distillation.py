@@ -3,15 +3,15 @@
     python tools/bench/distillation.py WORK [--cifar10 CIFAR.npz] [--datasets fashion_mnist cifar10]
         [--images 10000] [--teacher-epochs 8] [--epochs 6] [--seeds 3] [--markdown TABLE]
 
-A ResNet-20 teaches a MobileNetV2 of width 0.35 on Fashion-MNIST (from Keras, KERAS_HOME) and on
-CIFAR-10 (`x_train`, `y_train`, `x_test`, `y_test` in an .npz; without one by Keras). All networks
-see the same images for the same steps, without augmentation, and are scored on the 10,000 test
-images, which nothing else looks at. Every arm but the first has logit distillation in it, so that
-each stands beside plain distillation ("KD"); the weights of the additional losses are the papers',
-where those fit, and were not tuned here. The gap arms teach a far smaller convolutional network,
-directly and by way of an assistant whose parameters are the geometric mean. What the teachers say
-is cached on disk (`cache_teacher`), for all arms alike. WORK keeps what is finished: a killed run
-goes on.
+A ResNet-20 teaches a MobileNetV2 of width 0.35 and the published strides on Fashion-MNIST (from
+Keras, KERAS_HOME) and on CIFAR-10 (`x_train`, `y_train`, `x_test`, `y_test` in an .npz; without one
+by Keras). All networks see the same images for the same steps, without augmentation, and are scored
+on the 10,000 test images, which nothing else looks at. Every arm but the first has logit
+distillation in it, so that each stands beside plain distillation ("KD"); the weights of the
+additional losses are the papers', where those fit, and were not tuned here. The gap arms teach a
+far smaller convolutional network, directly and by way of an assistant whose parameters are the
+geometric mean. What the teachers say is cached on disk (`cache_teacher`), for all arms alike. WORK
+keeps what is finished: a killed run goes on.
 """
 
 import argparse
@@ -232,7 +232,7 @@ class Bench:
 
         def student(seed: int) -> keras.Model:
             keras.utils.set_random_seed(seed)
-            return mobilenet_v2(self.shape, 10, 0.35)
+            return mobilenet_v2(self.shape, 10, 0.35, 32)
 
         def small(seed: int) -> keras.Model:
             keras.utils.set_random_seed(seed)
@@ -316,7 +316,7 @@ def time_epochs(bench: Bench) -> str:
     seconds: dict[str, list[float]] = {title: [] for title in flows}
     fits = {}
     for title, (teacher, arguments) in flows.items():
-        model = Distiller(teacher, mobilenet_v2(bench.shape, 10, 0.35), losses=kd())
+        model = Distiller(teacher, mobilenet_v2(bench.shape, 10, 0.35, 32), losses=kd())
         model.compile("adam", LOSS, jit_compile=False)
         options: dict[str, Any] = {"verbose": 0, "shuffle": False}
         if len(arguments) == 2:

@@ -34,10 +34,12 @@ def resnet20(shape: tuple[int, int, int], classes: int, width: float = 1.0) -> k
     return keras.Model(inputs, layers.Dense(classes)(x), name="resnet20")
 
 
-def mobilenet_v2(shape: tuple[int, int, int], classes: int, width: float = 0.5) -> keras.Model:
+def mobilenet_v2(
+    shape: tuple[int, int, int], classes: int, width: float = 0.5, output_stride: int = 16
+) -> keras.Model:
     """Builds MobileNetV2, by default at width 0.5, with a head of 320 channels for small images."""
     model = tfaccel.architectures.MobileNetV2(
-        shape, classes, width=width, output_stride=16, last_channels=320
+        shape, classes, width=width, output_stride=output_stride, last_channels=320
     )
     for layer in model.layers:
         if isinstance(layer, layers.BatchNormalization):
