@@ -19,7 +19,7 @@ from tfaccel.compat.tfmot.sparsity import keras as sparsity
 from tfaccel.core.graph import flat_layers
 from tfaccel.core.transforms import transform_model
 from tfaccel.distributed import callbacks
-from tfaccel.quantization import XNORNet, low_bit, quantize_aware
+from tfaccel.quantization import XNORNet, cluster, low_bit, quantize_aware
 from tfaccel.rewriting import (
     factorize,
     fold_batch_norm,
@@ -174,6 +174,7 @@ REWRITES: dict[str, Rewrite] = {
         lambda: [sparsity.UpdatePruningStep()],
         refuses_alike=False,
     ),
+    "cluster": Rewrite(lambda m: cluster(m, 8, seed=1)),
     "low_bit_xnor": Rewrite(lambda m: low_bit(m, XNORNet(input_scale=True), seed=1)),
     "low_bit_ttq": Rewrite(lambda m: low_bit(m, "ttq")),
     "quantize_aware": Rewrite(quantize_aware, strips_exactly=False),

@@ -17,6 +17,19 @@ def tfmot_pruning() -> Any:
     Raises:
         ImportError: it is not installed.
     """
+    return _tfmot().sparsity.keras
+
+
+def tfmot_clustering() -> Any:
+    """Returns `tensorflow_model_optimization.clustering.keras`.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    return _tfmot().clustering.keras
+
+
+def _tfmot() -> Any:
     try:
         import tensorflow_model_optimization as tfmot
     except ImportError as error:
@@ -25,7 +38,7 @@ def tfmot_pruning() -> Any:
             "but that is not installed. Run pip install tensorflow-model-optimization tf-keras, or "
             "make the model with Keras 3."
         ) from error
-    return tfmot.sparsity.keras
+    return tfmot
 
 
 def to_tfmot(schedule: Any) -> Any:

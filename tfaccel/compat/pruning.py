@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from tfaccel.compat.handover import is_tf_keras, tfmot_pruning, to_tfmot
+from tfaccel.compat.wrapping import LateTransformedLayer
 from tfaccel.core import keras_private, schedules
 from tfaccel.core.checks import check_in, check_model
 from tfaccel.core.cloning import clone_built, clone_operation
@@ -62,7 +63,7 @@ class PruningSchedule(abc.ABC):
 
 
 @keras.saving.register_keras_serializable("tfaccel")
-class PruneLowMagnitude(TransformedLayer):
+class PruneLowMagnitude(LateTransformedLayer):
     """A layer whose kernels are pruned; may be made before the layer has weights.
 
     `prune_low_magnitude` gives it for a layer; a model comes with `TransformedLayer`s.
@@ -91,28 +92,10 @@ class PruneLowMagnitude(TransformedLayer):
             pruning_schedule, block_size, block_pooling_type, sparsity_m_by_n
         )
         _check_layer(layer)
-        shape = kwargs.pop("input_shape", None) or keras_private.input_shape_argument(layer)
-        self._hold(layer, kwargs)
-        if shape is not None:
-            keras_private.set_input_shape_argument(self, tuple(shape))
-        if layer.built:
-            self._attach([*self._settings.masks(layer).items()])
+        self._begin(layer, kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Builds the inner layer, whatever it is called with, and puts masks on it."""
-        if not self.layer.built:
-            # A symbolic call builds any layer; `build` has another signature in each.
-            self.layer(*_symbolic(args), **_symbolic(kwargs))
-        if not self.built:
-            self._attach([*self._settings.masks(self.layer).items()])
-        return super().__call__(*args, **kwargs)
-
-    def build(self, input_shape: Any = None) -> None:
-        """Builds the inner layer if `input_shape` alone does."""
-        if not self.layer.built:
-            self.layer.build(input_shape)
-        if not self.built:
-            self._attach([*self._settings.masks(self.layer).items()])
+    def _new_transforms(self) -> Mapping[str, WeightTransform]:
+        return self._settings.masks(self.layer)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the inner layer and the arguments, `sparsity_m_by_n` among them."""
@@ -315,13 +298,3 @@ def _two(name: str, value: Any) -> tuple[int, int]:
     if len(pair) != 2 or not all(isinstance(part, int) for part in pair):
         raise ValueError(f"{name} must be a pair of integers, but got {value!r}.")
     return pair[0], pair[1]
-
-
-def _symbolic(arguments: Any) -> Any:
-    def to_symbol(leaf: Any) -> Any:
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-            dtype = keras.backend.standardize_dtype(leaf.dtype)
-            return keras.KerasTensor(tuple(leaf.shape), dtype)
-        return leaf
-
-    return keras.tree.map_structure(to_symbol, arguments)

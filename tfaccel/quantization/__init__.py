@@ -1,6 +1,14 @@
 """Quantization: rounding that is trained with, for artifacts that compute in integers."""
 
 from tfaccel.quantization.binary_layers import Binarize, InputScale
+from tfaccel.quantization.clustering import NearestCentroids, cluster
+from tfaccel.quantization.compression import (
+    CompressedSize,
+    WeightSize,
+    huffman_size,
+    load_compressed,
+    save_compressed,
+)
 from tfaccel.quantization.fake_quantization import (
     Dequantize,
     FakeQuantize,
@@ -29,25 +37,32 @@ __all__ = [
     "Binarize",
     "BinaryConnect",
     "BinaryNet",
+    "CompressedSize",
     "Decision",
     "Dequantize",
     "FakeQuantize",
     "FakeQuantizeWeights",
     "InputScale",
     "LowBitWeights",
+    "NearestCentroids",
     "PackedNetwork",
     "PackedSize",
     "Scheme",
     "TernaryWeights",
     "TrainedTernary",
+    "WeightSize",
     "XNORNet",
+    "cluster",
     "freeze_ranges",
+    "huffman_size",
     "is_quantization_aware",
+    "load_compressed",
     "load_packed",
     "low_bit",
     "low_bit_plan",
     "plan",
     "quantize_aware",
+    "save_compressed",
     "save_packed",
     "scheme_of",
 ]

@@ -5,6 +5,6 @@
 0.5
 """
 
-from tfaccel.compat.tfmot import sparsity
+from tfaccel.compat.tfmot import clustering, sparsity
 
-__all__ = ["sparsity"]
+__all__ = ["clustering", "sparsity"]
