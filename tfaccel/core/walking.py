@@ -50,6 +50,7 @@ def walk(
     """
     graph = Graph.read(model)
     values = {id(t): value for t, value in zip(graph.inputs, inputs, strict=True)}
+    dying = _last_reads(graph)
 
     def to_value(leaf: Any) -> Any:
         return values.get(id(leaf), leaf)
@@ -65,8 +66,25 @@ def walk(
             kwargs = keras.tree.map_structure(to_value, node.kwargs)
             outputs = keras.tree.flatten(call(node.operation, *args, **kwargs))
             yield Visit(node, args, kwargs, given, outputs)
+            del args, kwargs
         values.update({id(t): value for t, value in zip(node.outputs, outputs, strict=True)})
+        # Values of a whole data set may be on the way: none is held longer than it is read.
+        del given, outputs
+        for key in dying[id(node)]:
+            del values[key]
     return [values[id(tensor)] for tensor in graph.outputs]
+
+
+def _last_reads(graph: Graph) -> dict[int, list[int]]:
+    """Returns for each node, by id, the ids of the tensors that nothing reads after it."""
+    last = {id(output): id(node) for node in graph.nodes for output in node.outputs}
+    last.update({id(tensor): id(node) for node in graph.nodes for tensor in node.inputs})
+    for tensor in graph.outputs:
+        last.pop(id(tensor), None)
+    dying: dict[int, list[int]] = {id(node): [] for node in graph.nodes}
+    for tensor_id, node_id in last.items():
+        dying[node_id].append(tensor_id)
+    return dying
 
 
 def walk_shapes(

@@ -18,7 +18,7 @@ from tfaccel.core.stripping import Strippable, bake_weights, strip
 from tfaccel.export.diagnosis import LOOPS, explain, explain_refusal
 from tfaccel.export.freezing import end_names, name_scopes, save_inference, to_float32
 from tfaccel.export.metadata import encode_facts, put_facts
-from tfaccel.export.packing import name_ends, pack, unpack
+from tfaccel.export.packing import name_ends, pack, store_low_bits, unpack
 from tfaccel.export.samples import Array, gather_samples
 from tfaccel.export.silence import quiet_tensorflow
 from tfaccel.export.verification import Verification, audit, check_verified, compare
@@ -26,6 +26,8 @@ from tfaccel.measurement.interpreter import TFLiteModel
 from tfaccel.quantization import SCHEMES, freeze_ranges, scheme_of
 from tfaccel.rewriting import fold_batch_norm
 
+# Schemes in which values between layers are integers too.
+INTEGER_SCHEMES = ("int8", "int4")
 IO_DTYPES = ("float32", "int8", "uint8")
 
 
@@ -39,8 +41,8 @@ class Artifact:
         io_dtype: type of its inputs and outputs, where they are quantized.
         size_bytes: of the file.
         sha256: of the file, in hexadecimal.
-        float_tensors: for int8, the values inside that are still float: what quantization does not
-            cover. Empty for a fully quantized file.
+        float_tensors: for int8 and int4, the values inside that are still float: what quantization
+            does not cover. Empty for a fully quantized file.
         verification: how far its outputs are from Keras's, if data was given.
     """
 
@@ -77,10 +79,11 @@ def to_tflite(
         model: a built Functional or Sequential model, plain or rewritten, or a .keras file.
         path: ends in .tflite.
         scheme: "float32"; "float16" (weights in half precision); "dynamic_int8" (weights in int8,
-            activations in float); "int8" (all in int8: for a quantization-aware model, or with
-            `representative_data`). By default the model's own: "int8" for a quantization-aware
-            model, else "float32".
-        io_dtype: type of inputs and outputs of an int8 file: "float32", "int8" or "uint8".
+            activations in float); "int8" (all in int8: for a quantized model, or with
+            `representative_data`); "int4" (as int8, kernels of 4 bits in 4 bits: for a model that
+            was quantized so. LiteRT computes most of these slower: it is for size). By default the
+            model's own: that of a quantized model, else "float32".
+        io_dtype: type of inputs and outputs of an int8 or int4 file: "float32", "int8" or "uint8".
         sparse: stores kernels of a pruned model without their zeros, for "float32". The file is
             then as small as its zeros make it. It is not faster, but for dense kernels pruned in
             "4x1" blocks, for which LiteRT has sparse kernels, and for 1x1 convolutions on ARM.
@@ -132,6 +135,8 @@ def to_tflite(
     with quiet_tensorflow(verbose=verbose):
         content = _convert(ready, chosen, io_dtype, calibration, batch, sparse=sparse)
     flatbuffer = unpack(content)
+    if chosen == "int4":
+        store_low_bits(flatbuffer)
     name_ends(flatbuffer, *end_names(source))
     put_facts(flatbuffer, facts)
     verification = None
@@ -139,7 +144,7 @@ def to_tflite(
     with write_aside(target) as aside:
         aside.write_bytes(pack(flatbuffer))
         _check_runs(aside, source, chosen, io_dtype)
-        if chosen == "int8":
+        if chosen in INTEGER_SCHEMES:
             float_tensors = audit(aside).float_tensors
         if samples is not None:
             verification = compare(aside, to_float32(source), samples)
@@ -147,7 +152,7 @@ def to_tflite(
     return Artifact(
         path=target,
         scheme=chosen,
-        io_dtype=io_dtype if chosen == "int8" else "float32",
+        io_dtype=io_dtype if chosen in INTEGER_SCHEMES else "float32",
         size_bytes=target.stat().st_size,
         sha256=sha256(target),
         float_tensors=float_tensors,
@@ -199,6 +204,12 @@ def _check_arguments(
             f"{model.name!r} was trained for {trained.name!r}, but got scheme={chosen!r}. "
             "Leave scheme out, or export tfaccel.strip(model), which has no quantization any more."
         )
+    if chosen == "int4" and trained is None:
+        raise ValueError(
+            "int4 needs a model that was prepared for it. Export what "
+            "tfaccel.quantization.quantize(model, data, 'int4') or quantize_aware(model, 'int4') "
+            "makes."
+        )
     if chosen == "int8" and trained is None and representative_data is None:
         raise ValueError(
             "int8 needs to know the range of every value. Pass representative_data= (some hundred "
@@ -207,10 +218,10 @@ def _check_arguments(
     if representative_data is not None and (chosen != "int8" or trained is not None):
         why = "ranges were trained" if trained else f"{chosen!r} needs no ranges"
         raise ValueError(f"representative_data is for int8 of a plain model, but here {why}.")
-    if io_dtype != "float32" and chosen != "int8":
+    if io_dtype != "float32" and chosen not in INTEGER_SCHEMES:
         raise ValueError(
-            f"io_dtype={io_dtype!r} needs scheme='int8', but the scheme is {chosen!r}: only "
-            "quantized values are integers."
+            f"io_dtype={io_dtype!r} needs scheme='int8', but the scheme is {chosen!r}: "
+            "only quantized values are integers."
         )
     return chosen
 
@@ -301,7 +312,7 @@ def _convert(
                 converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
             if scheme == "float16":
                 converter.target_spec.supported_types = [tf.float16]
-            if scheme == "int8":
+            if scheme in INTEGER_SCHEMES:
                 converter.inference_input_type = tf.as_dtype(io_dtype)
                 converter.inference_output_type = tf.as_dtype(io_dtype)
             if calibration is not None:

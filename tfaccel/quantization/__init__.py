@@ -9,6 +9,7 @@ from tfaccel.quantization.compression import (
     load_compressed,
     save_compressed,
 )
+from tfaccel.quantization.equalization import equalize
 from tfaccel.quantization.fake_quantization import (
     Dequantize,
     FakeQuantize,
@@ -28,12 +29,17 @@ from tfaccel.quantization.low_bit_weights import (
 from tfaccel.quantization.packing import PackedSize, load_packed, save_packed
 from tfaccel.quantization.placement import Decision
 from tfaccel.quantization.popcount import PackedNetwork
+from tfaccel.quantization.post_training import quantize
+from tfaccel.quantization.rounding import AdaRound
 from tfaccel.quantization.schemes import SCHEMES, Scheme
+from tfaccel.quantization.second_order import GPTQ
 from tfaccel.quantization.training import is_quantization_aware, plan, quantize_aware, scheme_of
 
 __all__ = [
+    "GPTQ",
     "LOW_BIT",
     "SCHEMES",
+    "AdaRound",
     "Binarize",
     "BinaryConnect",
     "BinaryNet",
@@ -53,6 +59,7 @@ __all__ = [
     "WeightSize",
     "XNORNet",
     "cluster",
+    "equalize",
     "freeze_ranges",
     "huffman_size",
     "is_quantization_aware",
@@ -61,6 +68,7 @@ __all__ = [
     "low_bit",
     "low_bit_plan",
     "plan",
+    "quantize",
     "quantize_aware",
     "save_compressed",
     "save_packed",

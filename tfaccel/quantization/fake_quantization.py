@@ -160,6 +160,12 @@ class FakeQuantize(keras.layers.Layer):
         self.batches.assign_add(1)
         return _never_empty(*moved)
 
+    def set_range(self, low: float, high: float) -> None:
+        """Sets the range as if it had been learnt; it is widened to contain zero."""
+        self.minimum.assign(min(low, 0.0))
+        self.maximum.assign(max(high, 0.0))
+        self.batches.assign(keras.ops.maximum(self.batches, 1))
+
     def frozen(self) -> "FakeQuantize":
         """Returns a layer of the same name whose range is fixed to what this one has learnt.
 

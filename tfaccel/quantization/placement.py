@@ -7,7 +7,7 @@ their own. What is not covered is fenced off, so that the converter leaves it in
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import keras
 
@@ -58,16 +58,24 @@ class Placer:
         graph: edited by `place`.
         scheme: bits of weights and activations.
         skipped: for each layer that the user leaves in float, by identity, the reason.
+        ends: names of the first and the last layer that has a kernel.
         outermost: whether the graph's inputs come from outside, not from a surrounding model.
     """
 
     def __init__(
-        self, graph: Graph, scheme: Scheme, skipped: dict[int, str], *, outermost: bool
+        self,
+        graph: Graph,
+        scheme: Scheme,
+        skipped: dict[int, str],
+        *,
+        outermost: bool,
+        ends: Collection[str] = (),
     ) -> None:
         self._graph = graph
         self._scheme = scheme
         self._skipped = skipped
         self._outermost = outermost
+        self._ends = ends
         self._integer: set[int] = set()  # tensors that are on a grid
         self._absorbed: dict[int, str] = {}  # nodes that are parts of another's operator
         self._float: list[Node] = []  # nodes that are computed in float
@@ -233,7 +241,8 @@ class Placer:
 
     def _quantize_kernel(self, layer: keras.layers.Layer) -> None:
         inner = layer.layer if isinstance(layer, TransformedLayer) else layer
-        transform = FakeQuantizeWeights(KERNEL_AXES[type(inner)], self._scheme.weight_bits)
+        bits = self._scheme.bits_of_weights(at_end=layer.name in self._ends)
+        transform = FakeQuantizeWeights(KERNEL_AXES[type(inner)], bits)
         self._graph.replace_layer(layer, wrap_layer(layer, {"kernel": transform}))
 
 

@@ -5,9 +5,11 @@ import keras
 from tfaccel.core.checks import check_model
 from tfaccel.core.graph import Graph, flat_layers, map_models
 from tfaccel.core.selection import Selector, select_layers
-from tfaccel.quantization.fake_quantization import FakeQuantize
+from tfaccel.core.transforms import TransformedLayer
+from tfaccel.quantization.fake_quantization import FakeQuantize, FakeQuantizeWeights
+from tfaccel.quantization.operators import KERNEL_AXES
 from tfaccel.quantization.placement import QUANTIZED, Decision, Placer
-from tfaccel.quantization.schemes import INT8, SCHEMES, Scheme
+from tfaccel.quantization.schemes import INT4, INT8, SCHEMES, Scheme
 
 
 def quantize_aware(
@@ -26,7 +28,8 @@ def quantize_aware(
 
     Args:
         model: a built Functional or Sequential model, plain or pruned; not changed.
-        scheme: "int8": weights symmetric per output channel, activations per tensor, all 8 bits.
+        scheme: "int8": weights symmetric per output channel, activations per tensor, all 8 bits;
+            "int4": likewise, but 4 bits for the weights between the first and the last layer.
         include: layers to quantize (names, patterns, predicate); by default all that are covered.
         exclude: layers to leave in float.
 
@@ -49,15 +52,16 @@ def quantize_aware(
     chosen = SCHEMES.get(scheme)
     if not chosen.trainable:
         raise ValueError(
-            f"quantize_aware() trains for {INT8.name!r}, but got {chosen.name!r}, which needs no "
-            f"training: export.to_tflite(model, path, scheme={chosen.name!r})."
+            f"quantize_aware() trains for {INT8.name!r} and {INT4.name!r}, but got "
+            f"{chosen.name!r}, which needs no training: "
+            f"export.to_tflite(model, path, scheme={chosen.name!r})."
         )
     if is_quantization_aware(model):
         raise ValueError(
             f"{model.name!r} is quantization-aware already. Train it on, or begin with the model "
             "that it was made from."
         )
-    rewritten, decisions = _place(model, chosen, include, exclude)
+    rewritten, decisions = place(model, chosen, include, exclude)
     if all(decision.action != QUANTIZED for decision in decisions):
         reasons = "; ".join(f"{d.name}: {d.reason}" for d in decisions)
         raise ValueError(
@@ -83,7 +87,7 @@ def plan(
         exclude: as in `quantize_aware`.
     """
     check_model(model, "plan")
-    return _place(model, SCHEMES.get(scheme), include, exclude)[1]
+    return place(model, SCHEMES.get(scheme), include, exclude)[1]
 
 
 def is_quantization_aware(model: keras.Model) -> bool:
@@ -92,21 +96,51 @@ def is_quantization_aware(model: keras.Model) -> bool:
 
 
 def scheme_of(model: keras.Model) -> Scheme | None:
-    """Returns the scheme that a model was trained for, None for a plain one."""
-    return INT8 if is_quantization_aware(model) else None
+    """Returns the scheme that a model was trained or calibrated for, None for a plain one."""
+    if not is_quantization_aware(model):
+        return None
+    bits = [
+        transform.bits
+        for layer in flat_layers(model)
+        if isinstance(layer, TransformedLayer)
+        for _, transform in layer.transforms
+        if isinstance(transform, FakeQuantizeWeights)
+    ]
+    return INT4 if min(bits, default=8) <= INT4.weight_bits else INT8
 
 
-def _place(
+def _ends(model: keras.Model) -> set[str]:
+    """Returns the names of the first and of the last layer that has a kernel."""
+    names = [layer.name for layer in flat_layers(model) if _has_kernel(layer)]
+    return {*names[:1], *names[-1:]}
+
+
+def _has_kernel(layer: keras.layers.Layer) -> bool:
+    return type(layer.layer if isinstance(layer, TransformedLayer) else layer) in KERNEL_AXES
+
+
+def place(
     model: keras.Model, scheme: Scheme, include: Selector | None, exclude: Selector | None
 ) -> tuple[keras.Model, list[Decision]]:
+    """Returns the model with fake quantization, its ranges not known yet, and what was decided.
+
+    Args:
+        model: a built Functional or Sequential model; not changed.
+        scheme: bits of weights and activations.
+        include: layers to quantize.
+        exclude: layers to leave in float.
+    """
     skipped = {
         id(choice.layer): choice.reason
         for choice in select_layers(model, include, exclude)
         if not choice.chosen
     }
     decisions: list[Decision] = []
+    ends = _ends(model)
 
     def edit(graph: Graph) -> None:
-        decisions.extend(Placer(graph, scheme, skipped, outermost=graph.model is model).place())
+        outermost = graph.model is model
+        placer = Placer(graph, scheme, skipped, outermost=outermost, ends=ends)
+        decisions.extend(placer.place())
 
     return map_models(model, edit), decisions
