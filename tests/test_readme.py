@@ -21,10 +21,10 @@ def blocks(page=README):
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def run(code, model):
+def run(code, model, **more):
     x, y = make_data(64)
     x_test, y_test = make_data(32, seed=1)
-    names = {"model": model, "x": x, "y": y, "x_test": x_test, "y_test": y_test}
+    names = {"model": model, "x": x, "y": y, "x_test": x_test, "y_test": y_test, **more}
     # Fewer steps than a user's data has, and a schedule as short; all else as it stands.
     code = code.replace("epochs=", "verbose=0, epochs=")
     code = code.replace("end_step=500", "end_step=4, frequency=2")
@@ -84,7 +84,32 @@ def test_metapruning_runs_as_it_stands():
     light = names["light"]
     assert count(light).macs == names["found"].cost
     assert names["found"].cost <= 0.5 * names["space"].macs(names["space"].whole)
-    assert len(blocks()) == 6  # each is run here
+
+
+def shallow(width):
+    inputs = keras.Input(make_data(1)[0].shape[1:])
+    x = keras.layers.Conv2D(width, 3, activation="relu")(inputs)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(4, name="logits")(x))
+
+
+def test_distilling_runs_as_it_stands():
+    names = {"teacher": shallow(8), "student": shallow(4)}
+    code = "".join(f"import {name}\n" for name in ("keras", "tfaccel")) + blocks()[6]
+    names |= run(code, None, **names)
+    assert names["small"] is names["student"]
+
+
+def test_few_bits_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = run("import keras, tfaccel\n" + blocks()[7], sequential())
+    kernel = np.asarray(tfaccel.strip(names["shared"]).get_layer("hidden").kernel)
+    assert len(np.unique(kernel)) <= 16
+    assert capsys.readouterr().out
+    packed = tfaccel.quantization.load_packed("binary.bin").predict(names["x_test"], verbose=0)
+    np.testing.assert_allclose(names["predictions"], packed, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "int8.tflite").exists()
+    assert len(blocks()) == 8  # each is run here
 
 
 def test_migration_guide_runs_as_it_stands(tmp_path, monkeypatch):
@@ -104,8 +129,8 @@ def test_guide_to_distillation_runs_as_it_stands(tmp_path, monkeypatch):
     x, y = make_data(64)
     x_test, y_test = make_data(32, seed=1)
     names = {"keras": keras, "tfaccel": tfaccel, "x": x, "y": y, "x_test": x_test, "y_test": y_test}
-    for name in ("teacher", "other", "assistant", "student", "sibling"):
-        names[name] = convolutional()
+    for width, name in enumerate(("sibling", "student", "assistant", "other", "teacher"), 4):
+        names[name] = shallow(width)
     names["texts"] = [
         "a good film by one of our best directors",
         "a bad film without any story to tell",
