@@ -19,7 +19,7 @@ from tfaccel.compat.tfmot.sparsity import keras as sparsity
 from tfaccel.core.graph import flat_layers
 from tfaccel.core.transforms import transform_model
 from tfaccel.distributed import callbacks
-from tfaccel.quantization import XNORNet, cluster, low_bit, quantize_aware
+from tfaccel.quantization import XNORNet, cluster, low_bit, quantize, quantize_aware
 from tfaccel.rewriting import (
     factorize,
     fold_batch_norm,
@@ -113,6 +113,9 @@ class Rewrite:
         keeps_shapes: whether kernels that are let stand keep their shapes; else they lose rows.
         refuses_alike: whether a model that does not fit is refused in tfaccel's words; another
             library's names refuse as that library does.
+        keeps_weights: whether kernels that are let stand keep their values.
+        like: "keras", or a row with the same classes of layers, or more: how they train under XLA,
+            in half precision or after loading is shown by Keras, or by that row.
     """
 
     apply: Callable[[keras.Model], keras.Model]
@@ -121,6 +124,8 @@ class Rewrite:
     strips_exactly: bool = True
     keeps_shapes: bool = True
     refuses_alike: bool = True
+    keeps_weights: bool = True
+    like: str | None = None
 
 
 def prune(model: keras.Model) -> keras.Model:
@@ -151,20 +156,24 @@ REWRITES: dict[str, Rewrite] = {
     "transform_model": Rewrite(
         lambda m: transform_model(m, all_weights(Neutral)), keeps_outputs=0.0
     ),
-    "strip": Rewrite(tfaccel.strip, keeps_outputs=0.0),
-    "bake_weights": Rewrite(tfaccel.core.bake_weights, keeps_outputs=0.0),
-    "fold_batch_norm": Rewrite(fold_batch_norm, keeps_outputs=1e-5),
-    "factorize": Rewrite(lambda m: factorize(m, energy=0.8, exclude="logits")),
-    "replace_activations": Rewrite(lambda m: replace_activations(m, {"relu": "silu"})),
+    "strip": Rewrite(tfaccel.strip, keeps_outputs=0.0, like="keras"),
+    "bake_weights": Rewrite(tfaccel.core.bake_weights, keeps_outputs=0.0, like="keras"),
+    "fold_batch_norm": Rewrite(fold_batch_norm, keeps_outputs=1e-5, like="keras"),
+    "factorize": Rewrite(lambda m: factorize(m, energy=0.8, exclude="logits"), like="keras"),
+    "replace_activations": Rewrite(
+        lambda m: replace_activations(m, {"relu": "silu"}), like="keras"
+    ),
     "replace_layers": Rewrite(
         lambda m: replace_layers(
             m, layers.Dense, lambda x: layers.Dense.from_config(x.get_config())
         ),
         keeps_outputs=1e-5,
+        like="keras",
     ),
     "prune_channels": Rewrite(
         lambda m: tfaccel.pruning.prune_channels(m, {"parameters": 0.6}, multiple_of=1),
         keeps_shapes=False,
+        like="keras",
     ),
     "penalize_batch_norm": Rewrite(penalize_where_there_is_batch_norm, keeps_outputs=0.0),
     "prune": Rewrite(prune, update_pruning),
@@ -173,11 +182,18 @@ REWRITES: dict[str, Rewrite] = {
         lambda m: sparsity.prune_low_magnitude(m, sparsity.ConstantSparsity(0.5, 1)),
         lambda: [sparsity.UpdatePruningStep()],
         refuses_alike=False,
+        like="prune",
     ),
     "cluster": Rewrite(lambda m: cluster(m, 8, seed=1)),
     "low_bit_xnor": Rewrite(lambda m: low_bit(m, XNORNet(input_scale=True), seed=1)),
     "low_bit_ttq": Rewrite(lambda m: low_bit(m, "ttq")),
     "quantize_aware": Rewrite(quantize_aware, strips_exactly=False),
+    "quantize": Rewrite(
+        lambda m: quantize(m, make_data()[0]),
+        strips_exactly=False,
+        keeps_weights=False,
+        like="quantize_aware",
+    ),
     "prune_then_quantize_aware": Rewrite(
         lambda m: quantize_aware(prune(m)),
         update_pruning,
