@@ -7,7 +7,7 @@ from tests.quantization.test_rounding import correlated, output_error, problem
 from tfaccel.quantization import FakeQuantizeWeights
 from tfaccel.quantization.grids import round_to, weight_scales
 from tfaccel.quantization.rounding import Nearest
-from tfaccel.quantization.second_order import GPTQ, choose_damping, round_by_hessian
+from tfaccel.quantization.second_order import GPTQ, choose_damping, round_by_hessian, weighed
 
 
 def optimal_brain_quantizer(weight, hessian, scale, end, stays):
@@ -119,3 +119,20 @@ def test_nonsense_is_refused():
         GPTQ(dampings=(0.0,))
     with pytest.raises(TypeError, match="correct_inputs must be bool"):
         GPTQ(correct_inputs=1)
+
+
+def test_errors_count_by_what_the_activation_leaves_of_them():
+    random = np.random.default_rng(3)
+    inputs = random.normal(size=(200, 400, 9)) + random.normal(size=(200, 400, 1))
+    weight = random.normal(size=(200, 9, 1))
+    bias = np.full((200, 1, 1), -2.0, "float32")
+    given = problem(inputs, weight, bits=3, activation="relu", bias=bias)
+    blind = problem(inputs, weight, bits=3, bias=bias)
+    error = output_error(given, GPTQ().round_weight(given))
+    # Measured over six seeds: 0.963 to 0.977.
+    assert error < 0.99 * output_error(given, GPTQ().round_weight(blind))
+    # Of one output: the Hessian is the weighed sum of x x^T.
+    x, importance = given.inputs[0], given.importance()[0]
+    found = weighed(given).inputs[0]
+    np.testing.assert_allclose(found.T @ found, (x * importance).T @ x, rtol=1e-3, atol=1e-2)
+    assert weighed(blind) is blind

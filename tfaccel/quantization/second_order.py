@@ -64,6 +64,7 @@ class GPTQ(Configurable):
 
     def round_weight(self, problem: LayerProblem) -> Array:
         """Returns the weights, rounded by the Hessian of each group."""
+        problem = weighed(problem)
         damping = choose_damping(problem, self.dampings)
         fit = _Fit(problem.inputs, problem.float_inputs, problem.weight)
         hessian = fit.damped(damping)
@@ -85,6 +86,23 @@ class GPTQ(Configurable):
             error = (wrong * np.matmul(hessian, wrong)).sum(axis=1, keepdims=True)
             best, least = np.where(error < least, rounded, best), np.minimum(error, least)
         return best
+
+
+def weighed(problem: LayerProblem) -> LayerProblem:
+    """Returns the problem with each place scaled by how much an error there counts.
+
+    Squared errors are then weighed by what the activation leaves of them: exactly where a group has
+    one output, as in depthwise convolutions, and by the mean over the outputs elsewhere, as they
+    share one Hessian.
+    """
+    if problem.activation == "linear":
+        return problem
+    factor = np.sqrt(problem.importance().mean(axis=2, keepdims=True))
+    return dataclasses.replace(
+        problem,
+        inputs=problem.inputs * factor,
+        float_inputs=problem.float_inputs * factor,
+    )
 
 
 class _Fit:
