@@ -134,6 +134,14 @@ def test_entropy_leaves_lone_outliers_out_and_keeps_a_flat_distribution_whole():
     assert (low, high) == (pytest.approx(-1, abs=0.02), pytest.approx(1, abs=0.02))
 
 
+def test_entropy_is_not_misled_by_the_zeros_of_a_relu():
+    values = np.abs(np.random.default_rng(5).normal(size=100_000))
+    few = Entropy().range_of(statistics_of(np.concatenate([values, [0.0]])), 8)
+    many = Entropy().range_of(statistics_of(np.concatenate([values, np.zeros(900_000)])), 8)
+    assert many == pytest.approx(few)
+    assert many[1] > 2.5
+
+
 @pytest.mark.parametrize("name", CALIBRATORS.names())
 def test_a_value_that_is_always_the_same_gets_a_range(name):
     same = Statistics(np.array([0.0]), np.array([0.0]), np.zeros(0, np.int64))

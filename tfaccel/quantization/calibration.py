@@ -154,13 +154,15 @@ class Entropy(Configurable):
 
     Of the thresholds tried, the one that minimizes the Kullback-Leibler divergence KL(P || Q) of
     the values clipped to it, P, from the same with each level's mass spread evenly over what was
-    seen in it, Q.
+    seen in it, Q. Zeros are exact on every grid, and behind a ReLU there are so many that clipping
+    the rest would seem to cost nothing: they count as much as what is next to them.
     """
 
     def range_of(self, statistics: Statistics, bits: int) -> Range:
         """Returns [-t, t] for the best threshold t, within what was seen."""
         if not statistics.counts.size:
             return statistics.low, statistics.high
+        statistics = _without_peak_of_zeros(statistics)
         ranges = list(_thresholds(statistics))
         return min(ranges, key=lambda r: kl_divergence(statistics, r, bits))
 
@@ -220,6 +222,19 @@ def squared_error(statistics: Statistics, candidate: Range, bits: int) -> float:
     counts = statistics.counts
     # Within a bin values are spread evenly, which rounding meets with step^2 / 12 at the least.
     return float(np.sum(counts * (rounded * scale - centers) ** 2) / counts.sum())
+
+
+def _without_peak_of_zeros(statistics: Statistics) -> Statistics:
+    """Returns the statistics with no more in the bin of zero than in the fuller one beside it."""
+    counts = statistics.counts.copy()
+    bins = len(counts)
+    if not statistics.low <= 0 <= statistics.high:
+        return statistics
+    share = -statistics.low / (statistics.high - statistics.low)
+    zero = min(int(share * bins), bins - 1)
+    beside = [counts[place] for place in (zero - 1, zero + 1) if 0 <= place < bins]
+    counts[zero] = min(counts[zero], max(beside, default=0))
+    return dataclasses.replace(statistics, counts=counts)
 
 
 def _thresholds(statistics: Statistics) -> Iterator[Range]:
