@@ -114,7 +114,7 @@ def test_few_bits_run_as_they_stand(tmp_path, monkeypatch, capsys):
 
 def test_migration_guide_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, second = blocks(MIGRATION)
+    first, second, *_ = blocks(MIGRATION)  # the others run in tests/compat
     code = first.replace("end_step=500", "end_step=2, frequency=1")
     names = run("import keras\n" + code, sequential())
     kernel = np.asarray(names["small"].get_layer("hidden").kernel)
@@ -142,6 +142,19 @@ def test_guide_to_distillation_runs_as_it_stands(tmp_path, monkeypatch):
     assert isinstance(names["small"], keras.Model)
     assert len(code) == 6
     assert names["more"].shape == (8, 12)
+
+
+def test_guide_to_quantization_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = blocks(DISTILLATION.parent / "quantization.md")
+    assert len(found) == 2
+    x, y = make_data(64)
+    x_test, y_test = make_data(32, seed=1)
+    names = {"keras": keras, "tfaccel": tfaccel, "x": x, "y": y, "model": sequential()}
+    names |= {"x_test": x_test, "y_test": y_test}
+    for number, text in enumerate(found):
+        code = re.sub(r"\bepochs=", "verbose=0, epochs=", text)
+        exec(compile(code, f"quantization.md, block {number}", "exec"), names)  # noqa: S102
 
 
 def test_commands_exist_with_their_options():

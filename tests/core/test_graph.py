@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from keras import layers
 
 from tests.comparing import assert_same_outputs, fingerprint, flat_outputs, operation_names
+from tests.contracts.tables import convolutional, make_data
 from tests.core.call_forms import FORMS
 from tests.random_models import random_inputs, random_model
 from tfaccel.core import keras_private
@@ -380,3 +381,34 @@ def test_chain_wants_layers_and_one_input(chain):
     graph = Graph.read(keras.Model(inputs, add([inputs, inputs])))
     with pytest.raises(ValueError, match="replaces a layer of one input"):
         graph.replace_by_chain(add, chain)
+
+
+def test_a_small_model_takes_the_place_of_a_call():
+    model = convolutional()
+    graph = Graph.read(model)
+    (node,) = graph.calls(model.get_layer("pool"))
+    entry = keras.Input(batch_shape=node.inputs[0].shape)
+    scale = layers.Dense(8, use_bias=False, kernel_initializer="identity", name="scale")
+    small = keras.Model(entry, keras.ops.mean(2.0 * scale(entry), axis=(1, 2)))
+    made = graph.splice(node, small, node.inputs)
+    assert [call.layer is scale for call in made] == [True, False, False]
+    made[1].operation.name, made[2].operation.name = "twice", "mean"
+    new = graph.build()
+    x = make_data(4)[0]
+    features = keras.Model(model.inputs[0], model.get_layer("pool").output)(x)
+    logits = model.get_layer("logits")
+    np.testing.assert_allclose(new(x), logits(2.0 * features), rtol=1e-5)
+
+
+def test_models_that_do_not_fit_take_no_place():
+    model = convolutional()
+    graph = Graph.read(model)
+    (node,) = graph.calls(model.get_layer("pool"))
+    entries = [keras.Input((8, 8, 8)), keras.Input((8,))]
+    small = keras.Model(entries, layers.GlobalAveragePooling2D()(entries[0]) + entries[1])
+    with pytest.raises(ValueError, match=r"'pool' cannot give its place.*the model takes 2"):
+        graph.splice(node, small, node.inputs)
+    (other,) = Graph.read(model).calls(model.get_layer("pool"))
+    lone = keras.Model(entries[0], layers.GlobalAveragePooling2D()(entries[0]))
+    with pytest.raises(ValueError, match="must be of this graph"):
+        graph.splice(other, lone, other.inputs)

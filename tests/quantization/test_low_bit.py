@@ -388,3 +388,15 @@ def test_zeros_of_a_pruned_model_stay_under_ternary_weights():
     assert (pruned == 0).sum() >= pruned.size // 2
     assert (ternary[pruned == 0] == 0).all()
     assert ternary.any()
+
+
+def test_names_that_are_taken_are_not_given_again():
+    inputs = keras.Input((4, 4, 2))
+    x = layers.Conv2D(3, 1, name="first")(inputs)
+    x = layers.MaxPooling2D(name="pool")(x)
+    x = layers.Conv2D(3, 1, use_bias=False, name="hidden")(x)
+    x = layers.BatchNormalization(name="hidden_norm")(x)
+    x = layers.Activation("sigmoid", name="hidden_sign")(x)
+    model = keras.Model(inputs, layers.Dense(2, name="logits")(layers.Flatten()(x)))
+    names = [layer.name for layer in low_bit(model, "xnor").layers]
+    assert {"hidden_norm", "hidden_norm_1", "hidden_sign", "hidden_sign_1"} <= set(names)

@@ -162,13 +162,55 @@ COMPOSED = {
 }
 
 
+def _attention(x):
+    x = sequence(x)
+    return layers.MultiHeadAttention(2, 4, value_dim=3)(x, layers.MaxPooling1D()(x))
+
+
+def _recurrent(layer):
+    return lambda x: layer(layers.Reshape((4, 48))(x))
+
+
+# Layers that are written as several operators: what is one step off may be more behind the next.
+WRITTEN_OUT = {
+    "layer_norm": lambda x: layers.LayerNormalization()(sequence(x)),
+    "layer_norm_of_images": lambda x: layers.LayerNormalization(scale=False)(conv(x)),
+    "layer_norm_of_rows": lambda x: layers.LayerNormalization(center=False)(flat_dense(x, 16)),
+    "attention": _attention,
+    "lstm": _recurrent(layers.LSTM(5)),
+    "lstm_sequences": _recurrent(layers.LSTM(5, return_sequences=True, go_backwards=True)),
+    "gru": _recurrent(layers.GRU(5)),
+    "gru_reset_before": _recurrent(layers.GRU(5, reset_after=False, use_bias=False)),
+    "bidirectional": _recurrent(layers.Bidirectional(layers.LSTM(4, return_sequences=True))),
+}
+
+
 @pytest.mark.parametrize("body", OPERATORS.values(), ids=OPERATORS)
 def test_operator_is_all_integers_and_within_one_step(body, tmp_path):
     model, aware = aware_network(body)
     assert not [d for d in plan(model) if d.action == "float"]
     artifact = to_tflite(aware, tmp_path / "m.tflite", io_dtype="int8")
     assert artifact.float_tensors == ()
+    _check_audit(artifact)
     assert steps_apart(artifact.path, aware, UNSEEN).max() <= 1.001
+
+
+def _check_audit(artifact):
+    assert artifact.audit.operators
+    assert artifact.audit.missing == ()
+    assert artifact.audit.max_steps <= 1.001
+
+
+@pytest.mark.parametrize("body", WRITTEN_OUT.values(), ids=WRITTEN_OUT)
+def test_layer_of_many_operators_is_all_integers_and_each_within_one_step(body, tmp_path):
+    model, aware = aware_network(body)
+    assert not [d for d in plan(model) if d.action == "float"]
+    artifact = to_tflite(aware, tmp_path / "m.tflite", io_dtype="int8")
+    assert artifact.float_tensors == ()
+    _check_audit(artifact)
+    apart = steps_apart(artifact.path, aware, UNSEEN)
+    assert apart.max() <= 4.001
+    assert (apart > 1.001).mean() <= 1e-2
 
 
 @pytest.mark.parametrize("body", COMPOSED.values(), ids=COMPOSED)
@@ -177,6 +219,7 @@ def test_composition_is_all_integers_and_close(body, tmp_path):
     assert not [d for d in plan(model) if d.action == "float"]
     artifact = to_tflite(aware, tmp_path / "m.tflite", io_dtype="int8")
     assert artifact.float_tensors == ()
+    _check_audit(artifact)
     apart = steps_apart(artifact.path, aware, UNSEEN)
     # A value in the middle between two steps may fall on either side; where the next operator's
     # steps are finer, one becomes several of those. Clipping and other mistakes hit many values.
@@ -185,7 +228,7 @@ def test_composition_is_all_integers_and_close(body, tmp_path):
 
 
 def _normalized(x):
-    return flat_dense(layers.LayerNormalization()(flat_dense(x, 32)))
+    return flat_dense(layers.GroupNormalization(4)(conv(x)))
 
 
 def _three_terms(x):
@@ -193,7 +236,7 @@ def _three_terms(x):
 
 
 def _read_by_both(x):
-    x = layers.LayerNormalization()(conv(x))  # float, and the first of its readers is too
+    x = layers.GroupNormalization(2)(conv(x))  # float, and the first of its readers is too
     return layers.Concatenate()([layers.Activation("softplus")(x), conv(x, 4, 1)])
 
 
@@ -209,7 +252,7 @@ def _resized(x):
 # What must stay in float, though the converter has integers for it or for parts of it.
 UNCOVERED = {
     "softplus": (lambda x: conv(conv(x, activation="softplus")), "activation softplus"),
-    "layer_norm": (_normalized, "LayerNormalization is not covered"),
+    "group_norm": (_normalized, "GroupNormalization is not covered"),
     "maximum": (lambda x: conv(layers.Maximum()([x, conv(x, 3, 1)])), "Maximum is not"),
     "stack": (lambda x: keras.ops.stack([3.0 * x, conv(x, 3, 1)], axis=-1), "Stack is not"),
     "three_terms": (_three_terms, "Add of an array"),
@@ -300,8 +343,8 @@ def test_included_layers_only():
 
 def test_float_territory_is_not_rounded():
     def body(x):
-        x = layers.LayerNormalization()(flat_dense(x, 8))
-        return layers.LayerNormalization()(layers.Reshape((2, 4))(layers.Dropout(0.1)(x)))
+        x = layers.GroupNormalization(2)(flat_dense(x, 8))
+        return layers.GroupNormalization(2)(layers.Reshape((2, 4))(layers.Dropout(0.1)(x)))
 
     aware = quantize_aware(network(body))
     assert len([x for x in aware.layers if isinstance(x, FakeQuantize)]) == 2  # image and dense

@@ -97,6 +97,8 @@ def test_light_network_is_integers_all_through_and_names_the_same_classes(body, 
     aware.fit(x, y, epochs=6, batch_size=32, verbose=0)
     artifact = to_tflite(aware, tmp_path / "m.tflite", io_dtype="int8")
     assert artifact.float_tensors == ()
+    assert artifact.audit.missing == ()
+    assert artifact.audit.max_steps <= 1.001
     x, y = make_data(256, seed=5)
     ours = np.asarray(aware(x, training=False)).argmax(-1)
     found = TFLiteModel(artifact.path).predict(x).argmax(-1)
@@ -133,7 +135,7 @@ def test_bad_arguments():
         quantize_aware(sequential(), exclude="hiden")
 
 
-@pytest.mark.parametrize("body", [layers.LayerNormalization(), layers.Flatten()])
+@pytest.mark.parametrize("body", [layers.UnitNormalization(), layers.Flatten()])
 def test_nothing_to_quantize(body):
     inputs = keras.Input((4, 3))
     lone = keras.Model(inputs, layers.Flatten()(body(inputs)))

@@ -29,6 +29,15 @@ def tfmot_clustering() -> Any:
     return _tfmot().clustering.keras
 
 
+def tfmot_quantization() -> Any:
+    """Returns `tensorflow_model_optimization.quantization.keras`.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    return _tfmot().quantization.keras
+
+
 def _tfmot() -> Any:
     try:
         import tensorflow_model_optimization as tfmot
@@ -46,3 +55,13 @@ def to_tfmot(schedule: Any) -> Any:
     if isinstance(schedule, (ConstantSparsity, PolynomialDecay)):
         return getattr(tfmot_pruning(), type(schedule).__name__)(**schedule.get_config())
     return schedule
+
+
+def to_tfmot_config(config: Any) -> Any:
+    """Returns a quantize config that is of TFMOT's class too, which TFMOT demands."""
+    theirs = tfmot_quantization().QuantizeConfig
+    if isinstance(config, theirs):
+        return config
+    # Of the same name, by which tf_keras finds the user's class when the model is cloned.
+    twin: Any = type(type(config).__name__, (type(config), theirs), {})
+    return twin.from_config(config.get_config())

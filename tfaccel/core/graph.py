@@ -227,6 +227,41 @@ class Graph:
         self._output_tree = swap(self._output_tree, after, before)
         self.nodes.remove(node)
 
+    def splice(self, node: Node, model: keras.Model, inputs: Sequence[Tensor]) -> list[Node]:
+        """Puts the calls that a small model makes in the place of one call.
+
+        Args:
+            node: a call of the graph, of one output.
+            model: gives one tensor; its layers are new, and taken over with their weights.
+            inputs: tensors of the graph for the inputs of the model, of the same shapes.
+
+        Returns:
+            The calls that took its place.
+
+        Raises:
+            ValueError: the call is of another graph, or the numbers of tensors do not fit.
+        """
+        other = Graph.read(model)
+        place = next((n for n, known in enumerate(self.nodes) if known is node), None)
+        counts = len(other.inputs), len(other.outputs), len(node.outputs)
+        if place is None or counts != (len(inputs), 1, 1):
+            raise ValueError(
+                f"{node.name!r} cannot give its place to {model.name!r}: the call must be of this "
+                f"graph and both give one tensor, the model taking {len(inputs)}; the model takes "
+                f"{counts[0]} and gives {counts[1]}, the call gives {counts[2]}."
+            )
+        made = [call for call in other.nodes if not call.is_input]
+        for call in made:
+            if call.layer is not None:
+                self._take(call.layer)
+            for old, new in zip(other.inputs, inputs, strict=True):
+                self._redirect(call, old, new)
+        for reader in self.consumers(node.outputs[0]):
+            self._redirect(reader, node.outputs[0], other.outputs[0])
+        self._output_tree = swap(self._output_tree, node.outputs[0], other.outputs[0])
+        self.nodes[place : place + 1] = made
+        return made
+
     def _take(self, layer: keras.layers.Layer, weights: Sequence[Any] | None = None) -> None:
         check_type("layer", layer, keras.layers.Layer)
         if id(layer) in self._own:

@@ -14,21 +14,23 @@ import numpy as np
 from tfaccel.core.artifacts import load_model, sha256, write_aside
 from tfaccel.core.checks import check_in, check_model, check_positive, check_type
 from tfaccel.core.graph import flat_layers
-from tfaccel.core.stripping import Strippable, bake_weights, strip
+from tfaccel.export.auditing import Audit, audit_operators, check_operators, read_audit
 from tfaccel.export.diagnosis import LOOPS, explain, explain_refusal
 from tfaccel.export.freezing import end_names, name_scopes, save_inference, to_float32
+from tfaccel.export.kernels import store_kernels, trained_kernels, widen_biases
 from tfaccel.export.metadata import encode_facts, put_facts
-from tfaccel.export.packing import name_ends, pack, store_low_bits, unpack
+from tfaccel.export.packing import name_ends, pack, unpack
+from tfaccel.export.preparation import prepare
 from tfaccel.export.samples import Array, gather_samples
 from tfaccel.export.silence import quiet_tensorflow
-from tfaccel.export.verification import Verification, audit, check_verified, compare
+from tfaccel.export.verification import Verification, check_verified, compare
 from tfaccel.measurement.interpreter import TFLiteModel
-from tfaccel.quantization import SCHEMES, freeze_ranges, scheme_of
-from tfaccel.rewriting import fold_batch_norm
+from tfaccel.quantization import SCHEMES, Scheme, quantize_aware, scheme_of
 
-# Schemes in which values between layers are integers too.
-INTEGER_SCHEMES = ("int8", "int4")
-IO_DTYPES = ("float32", "int8", "uint8")
+# Of files with values of 8 and of 16 bits.
+IO_DTYPES = (("float32", "int8", "uint8"), ("float32", "int16"))
+# Schemes that the converter can find ranges for by itself.
+CALIBRATED = ("int8", "int16x8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +43,11 @@ class Artifact:
         io_dtype: type of its inputs and outputs, where they are quantized.
         size_bytes: of the file.
         sha256: of the file, in hexadecimal.
-        float_tensors: for int8 and int4, the values inside that are still float: what quantization
-            does not cover. Empty for a fully quantized file.
+        float_tensors: for schemes with integers between layers, the values inside that are still
+            float: what quantization does not cover. Empty for a fully quantized file.
         verification: how far its outputs are from Keras's, if data was given.
+        audit: for such schemes, what is integers, and for a quantized model how far each operator
+            is from Keras on the same inputs.
     """
 
     path: Path
@@ -53,6 +57,7 @@ class Artifact:
     sha256: str
     float_tensors: tuple[str, ...] = ()
     verification: Verification | None = None
+    audit: Audit | None = None
 
 
 def to_tflite(
@@ -81,15 +86,19 @@ def to_tflite(
         scheme: "float32"; "float16" (weights in half precision); "dynamic_int8" (weights in int8,
             activations in float); "int8" (all in int8: for a quantized model, or with
             `representative_data`); "int4" (as int8, kernels of 4 bits in 4 bits: for a model that
-            was quantized so. LiteRT computes most of these slower: it is for size). By default the
-            model's own: that of a quantized model, else "float32".
-        io_dtype: type of inputs and outputs of an int8 or int4 file: "float32", "int8" or "uint8".
+            was quantized so. LiteRT computes most of these slower: it is for size); "int16x8"
+            (activations in int16, slow: for a quantized model, or with `representative_data`);
+            "int4_weight_only" and "int4_block32" (kernels in 4 bits, activations in float: for a
+            quantized model, or rounded here). By default the model's own: that of a quantized
+            model, else "float32".
+        io_dtype: type of inputs and outputs of a file with integers between layers: "float32",
+            "int8" or "uint8"; for int16x8 "float32" or "int16".
         sparse: stores kernels of a pruned model without their zeros, for "float32". The file is
             then as small as its zeros make it. It is not faster, but for dense kernels pruned in
             "4x1" blocks, for which LiteRT has sparse kernels, and for 1x1 convolutions on ARM.
-        representative_data: for "int8" of a plain model, samples to find ranges with: an array
-            [samples, ...], for several inputs a list of such or a dict by input name, or an
-            iterable of batches (a tf.data.Dataset of x or (x, y)). At most 512 samples are used.
+        representative_data: for "int8" and "int16x8" of a plain model, samples to find ranges with:
+            an array [samples, ...], for several inputs a list of such or a dict by input name, or
+            an iterable of batches (a tf.data.Dataset of x or (x, y)). At most 512 samples are used.
         verify_data: samples, likewise, to compare the file with Keras on before it is kept.
         labels: names of the classes, put inside the file.
         metadata: JSON-like facts to put inside the file (see `read_metadata`).
@@ -105,28 +114,34 @@ def to_tflite(
         PermissionError: the folder is read-only.
         TypeError: the model is subclassed, or labels are no list of strings.
         ValueError: the model is not built, an argument does not fit, a range was never trained, the
-            converter refuses a layer (named, with a remedy), or the outputs are wrong.
+            converter refuses a layer (named, with a remedy), an operator of a quantized model
+            computes something else than Keras, or the outputs are wrong.
     """
     check_type("path", path, (str, os.PathLike))
     is_file = isinstance(model, (str, os.PathLike))
     source = load_model(model) if is_file else model
     target = Path(path)
     chosen = _check_arguments(source, target, scheme, io_dtype, representative_data)
-    _check_sparse(sparse, chosen)
+    _check_sparse(sparse, chosen.name)
     batch = _batch_of(source, batch_size)
     _check_labels(source, labels)
     if metadata is not None:
         check_type("metadata", metadata, Mapping)
     facts = encode_facts(
         {
-            "scheme": chosen,
+            "scheme": chosen.name,
             "labels": None if labels is None else list(labels),
             "source_sha256": _weights_hash(source),
             "metadata": None if metadata is None else dict(metadata),
         }
     )
     samples = None if verify_data is None else gather_samples(source, verify_data, "verify_data")
-    ready = prepare(source)
+    quantized = source
+    if chosen.trainable and not chosen.integer_activations and scheme_of(source) is None:
+        quantized = quantize_aware(source, chosen)  # rounded to the nearest, without training
+    ready = prepare(quantized)
+    trained = scheme_of(quantized) is not None
+    kernels = trained_kernels(quantized, ready) if trained else []
     calibration = None
     if representative_data is not None:
         calibration = gather_samples(
@@ -135,50 +150,38 @@ def to_tflite(
     with quiet_tensorflow(verbose=verbose):
         content = _convert(ready, chosen, io_dtype, calibration, batch, sparse=sparse)
     flatbuffer = unpack(content)
-    if chosen == "int4":
-        store_low_bits(flatbuffer)
+    store_kernels(flatbuffer, kernels, low_bits=chosen.weight_bits <= 4)
+    if chosen.activation_bits == 16:
+        widen_biases(flatbuffer)
     name_ends(flatbuffer, *end_names(source))
     put_facts(flatbuffer, facts)
-    verification = None
-    float_tensors: tuple[str, ...] = ()
+    verification = found = None
     with write_aside(target) as aside:
         aside.write_bytes(pack(flatbuffer))
-        _check_runs(aside, source, chosen, io_dtype)
-        if chosen in INTEGER_SCHEMES:
-            float_tensors = audit(aside).float_tensors
+        _check_runs(aside, source, chosen.name, io_dtype)
+        if chosen.integer_activations:
+            found = audit_operators(aside, ready, samples) if trained else read_audit(aside)
+            # Integers of an input, such as token ids, cannot be drawn at random: zeros are no test.
+            if samples is not None or all("float" in x.dtype for x in ready.inputs):
+                check_operators(found, target)
         if samples is not None:
-            verification = compare(aside, to_float32(source), samples)
-            check_verified(verification, chosen, target)
+            verification = compare(aside, to_float32(quantized), samples)
+            check_verified(verification, chosen.name, target)
     return Artifact(
         path=target,
-        scheme=chosen,
-        io_dtype=io_dtype if chosen in INTEGER_SCHEMES else "float32",
+        scheme=chosen.name,
+        io_dtype=io_dtype if chosen.integer_activations else "float32",
         size_bytes=target.stat().st_size,
         sha256=sha256(target),
-        float_tensors=float_tensors,
+        float_tensors=() if found is None else found.float_tensors,
         verification=verification,
+        audit=None if found is None else dataclasses.replace(found, verification=verification),
     )
-
-
-def prepare(model: keras.Model) -> keras.Model:
-    """Returns the model as it is converted: weights baked, ranges fixed, norms folded, float32.
-
-    Raises:
-        ValueError: a range was never trained, or a pruning schedule never ran.
-    """
-    baked = bake_weights(model)
-    if scheme_of(model) is not None:
-        baked = freeze_ranges(baked)
-    elif any(isinstance(layer, Strippable) for layer in flat_layers(baked)):
-        # Without ranges there is nothing of ours to keep.
-        baked = strip(baked)
-    # Folded into the layer behind it, batch norm would take a kernel off its trained grid.
-    return fold_batch_norm(to_float32(baked), before=scheme_of(model) is None)
 
 
 def _check_arguments(
     model: keras.Model, target: Path, scheme: str | None, io_dtype: str, representative_data: Any
-) -> str:
+) -> Scheme:
     check_model(model, "to_tflite")
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
@@ -195,35 +198,44 @@ def _check_arguments(
     folder = next(parent for parent in target.absolute().parents if parent.exists())
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{str(target)!r} cannot be written: {str(folder)!r} is read-only.")
-    check_in("io_dtype", io_dtype, IO_DTYPES)
     _check_exportable(model)
     trained = scheme_of(model)
-    chosen = SCHEMES.get(scheme).name if scheme else (trained.name if trained else "float32")
-    if trained is not None and chosen != trained.name:
+    chosen = SCHEMES.get(scheme) if scheme else (trained or SCHEMES.get("float32"))
+    check_in("io_dtype", io_dtype, IO_DTYPES[chosen.activation_bits == 16])
+    if trained is not None and chosen.name != trained.name:
         raise ValueError(
-            f"{model.name!r} was trained for {trained.name!r}, but got scheme={chosen!r}. "
+            f"{model.name!r} was trained for {trained.name!r}, but got scheme={chosen.name!r}. "
             "Leave scheme out, or export tfaccel.strip(model), which has no quantization any more."
         )
-    if chosen == "int4" and trained is None:
+    if trained is None and chosen.integer_activations:
+        _check_calibrated(chosen, representative_data)
+    if representative_data is not None and (trained or not chosen.integer_activations):
+        why = "ranges were trained" if trained else f"{chosen.name!r} needs no ranges"
         raise ValueError(
-            "int4 needs a model that was prepared for it. Export what "
-            "tfaccel.quantization.quantize(model, data, 'int4') or quantize_aware(model, 'int4') "
-            "makes."
+            f"representative_data is for int8 and int16x8 of a plain model, but here {why}."
         )
-    if chosen == "int8" and trained is None and representative_data is None:
+    if io_dtype != "float32" and not chosen.integer_activations:
         raise ValueError(
-            "int8 needs to know the range of every value. Pass representative_data= (some hundred "
-            "training samples), or train tfaccel.quantization.quantize_aware(model) and export it."
-        )
-    if representative_data is not None and (chosen != "int8" or trained is not None):
-        why = "ranges were trained" if trained else f"{chosen!r} needs no ranges"
-        raise ValueError(f"representative_data is for int8 of a plain model, but here {why}.")
-    if io_dtype != "float32" and chosen not in INTEGER_SCHEMES:
-        raise ValueError(
-            f"io_dtype={io_dtype!r} needs scheme='int8', but the scheme is {chosen!r}: "
+            f"io_dtype={io_dtype!r} needs scheme='int8', but the scheme is {chosen.name!r}: "
             "only quantized values are integers."
         )
     return chosen
+
+
+def _check_calibrated(scheme: Scheme, representative_data: Any) -> None:
+    """Checks that the ranges of a plain model can be found."""
+    if scheme.name not in CALIBRATED:
+        raise ValueError(
+            f"{scheme.name} needs a model that was prepared for it. Export what "
+            f"tfaccel.quantization.quantize(model, data, {scheme.name!r}) or "
+            f"quantize_aware(model, {scheme.name!r}) makes."
+        )
+    if representative_data is None:
+        raise ValueError(
+            f"{scheme.name} needs to know the range of every value. Pass representative_data= "
+            "(some hundred training samples), or train "
+            "tfaccel.quantization.quantize_aware(model) and export it."
+        )
 
 
 def _check_sparse(sparse: bool, scheme: str) -> None:
@@ -289,7 +301,7 @@ def _check_labels(model: keras.Model, labels: Sequence[str] | None) -> None:
 
 def _convert(
     model: keras.Model,
-    scheme: str,
+    scheme: Scheme,
     io_dtype: str,
     calibration: list[Array] | None,
     batch_size: int | None,
@@ -306,20 +318,25 @@ def _convert(
                 # The converter would crash, and the process with it.
                 raise NotImplementedError(f"{LOOPS}: {loops}")
             converter = tf.lite.TFLiteConverter.from_saved_model(folder)
-            if scheme != "float32":
+            if scheme.integer_activations or scheme.name in ("float16", "dynamic_int8"):
                 converter.optimizations = [tf.lite.Optimize.DEFAULT]
             if sparse:
                 converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
-            if scheme == "float16":
+            if scheme.name == "float16":
                 converter.target_spec.supported_types = [tf.float16]
-            if scheme in INTEGER_SCHEMES:
+            if scheme.integer_activations:
                 converter.inference_input_type = tf.as_dtype(io_dtype)
                 converter.inference_output_type = tf.as_dtype(io_dtype)
             if calibration is not None:
                 converter.representative_dataset = lambda: _portions(calibration, batch_size or 1)
+                if scheme.activation_bits == 16:
+                    converter.target_spec.supported_ops = [
+                        tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8,
+                        tf.lite.OpsSet.TFLITE_BUILTINS,
+                    ]
             return bytes(converter.convert())
         except Exception as error:  # the converter raises whatever comes to it
-            raise explain(error, model, scheme, scopes) from error
+            raise explain(error, model, scheme.name, scopes) from error
 
 
 def _portions(samples: list[Array], size: int) -> Iterator[dict[str, Array]]:

@@ -8,8 +8,9 @@ from typing import Any
 import keras
 
 from tfaccel.core import keras_private
-from tfaccel.core.cloning import copy_state, recurrent_states
+from tfaccel.core.cloning import recurrent_states
 from tfaccel.core.graph import Graph, Tensor, flat_layers
+from tfaccel.core.precision import change_policy
 from tfaccel.core.walking import map_layers
 from tfaccel.quantization import FakeQuantize
 
@@ -155,31 +156,7 @@ def to_float32(model: keras.Model) -> keras.Model:
     Half precision is a matter of training; the converter has no bfloat16 and quantizes float32
     only.
     """
-    if all(_in_float32(x.get_config()) == x.get_config() for x in flat_layers(model)):
+    copies = {id(layer): change_policy(layer, "float32") for layer in flat_layers(model)}
+    if all(copy is None for copy in copies.values()):
         return model
-
-    def plain(layer: keras.layers.Layer) -> keras.layers.Layer | None:
-        config = layer.get_config()
-        if _in_float32(config) == config:
-            return None
-        copy = type(layer).from_config(_in_float32(config))
-        build_config = layer.get_build_config()
-        if build_config and not copy.built:
-            copy.build_from_config(build_config)
-        copy.built = True
-        copy_state(layer, copy)
-        return copy
-
-    return map_layers(model, plain)
-
-
-def _in_float32(config: Any) -> Any:
-    if isinstance(config, dict):
-        if config.get("class_name") == "DTypePolicy":
-            name = config["config"]["name"]
-            float_like = name.startswith(("mixed_", "float", "bfloat"))
-            return {**config, "config": {"name": "float32"}} if float_like else config
-        return {key: _in_float32(value) for key, value in config.items()}
-    if isinstance(config, list):
-        return [_in_float32(value) for value in config]
-    return config
+    return map_layers(model, lambda layer: copies.get(id(layer)))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 from tfaccel.core import keras_private
 from tfaccel.core.checks import check_file, check_model
 from tfaccel.export.freezing import to_float32
-from tfaccel.export.packing import unpack
 from tfaccel.export.samples import Array, gather_samples
 from tfaccel.measurement.interpreter import TFLiteModel
 
@@ -147,73 +145,3 @@ def check_verified(verification: Verification, scheme: str, path: Path) -> None:
             f"on average {v.mean_abs_error:.3g}, from Keras's (largest {v.largest_output:.3g}, on "
             f"average {v.mean_abs_output:.3g}){share} on {v.samples} samples. {remedy}"
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizedTensor:
-    """A value or constant that is stored as integers: real = scale * (integer - zero_point).
-
-    Attributes:
-        dtype: "int8", "uint8", "int32" (biases) and so on.
-        scales: one, or one per slice along `axis`.
-        zero_points: likewise.
-        axis: of the scales, where there are several.
-    """
-
-    dtype: str
-    scales: tuple[float, ...]
-    zero_points: tuple[int, ...]
-    axis: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Audit:
-    """Which values of a .tflite file are float and which are integers.
-
-    Attributes:
-        float_tensors: names of the float values and constants inside, inputs and outputs of the
-            file apart.
-        quantized_tensors: those that are integers with a scale, by name.
-    """
-
-    float_tensors: tuple[str, ...]
-    quantized_tensors: dict[str, QuantizedTensor]
-
-
-def audit(path: str | os.PathLike[str]) -> Audit:
-    """Reads from a .tflite file what is float and what is quantized, without running it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no .tflite file.
-    """
-    from ai_edge_litert import schema_py_generated as schema
-
-    types = {value: name for name, value in vars(schema.TensorType).items()}
-    floats: list[str] = []
-    quantized: dict[str, QuantizedTensor] = {}
-    for tensor, is_end in _tensors(path):
-        name, dtype = tensor.name.decode("utf-8"), types[tensor.type].lower()
-        scales = getattr(tensor.quantization, "scale", None)
-        if "float" in dtype:
-            if not is_end:
-                floats.append(name)
-        elif scales is not None and len(scales):
-            quantized[name] = QuantizedTensor(
-                dtype=dtype,
-                scales=tuple(map(float, scales)),
-                zero_points=tuple(map(int, tensor.quantization.zeroPoint)),
-                axis=int(tensor.quantization.quantizedDimension),
-            )
-    return Audit(tuple(floats), quantized)
-
-
-def _tensors(path: str | os.PathLike[str]) -> Iterator[tuple[Any, bool]]:
-    """Yields every tensor of every subgraph, and whether it is an input or output of the file."""
-    file = check_file(path, "audit", suffixes=(".tflite",))
-    TFLiteModel(file, delegates=False)  # verifies every offset, which the reader does not
-    model = unpack(file.read_bytes())
-    for number, graph in enumerate(model.subgraphs):
-        ends = {*graph.inputs, *graph.outputs} if number == 0 else set()
-        for index, tensor in enumerate(graph.tensors):
-            yield tensor, index in ends

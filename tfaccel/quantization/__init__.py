@@ -1,5 +1,6 @@
 """Quantization: rounding that is trained with, for artifacts that compute in integers."""
 
+from tfaccel.quantization.allocation import Allocation, LayerBits, allocate_bits
 from tfaccel.quantization.binary_layers import Binarize, InputScale
 from tfaccel.quantization.clustering import NearestCentroids, cluster
 from tfaccel.quantization.compression import (
@@ -9,12 +10,19 @@ from tfaccel.quantization.compression import (
     load_compressed,
     save_compressed,
 )
+from tfaccel.quantization.debugging import DebugReport, LayerNoise, debug
 from tfaccel.quantization.equalization import equalize
 from tfaccel.quantization.fake_quantization import (
     Dequantize,
     FakeQuantize,
     FakeQuantizeWeights,
-    freeze_ranges,
+    Floor,
+)
+from tfaccel.quantization.freezing import FreezeRanges, freeze_ranges
+from tfaccel.quantization.learned_ranges import (
+    LearnedClipping,
+    LearnedStep,
+    LearnedStepWeights,
 )
 from tfaccel.quantization.low_bit import low_bit, low_bit_plan
 from tfaccel.quantization.low_bit_weights import (
@@ -28,8 +36,10 @@ from tfaccel.quantization.low_bit_weights import (
 )
 from tfaccel.quantization.packing import PackedSize, load_packed, save_packed
 from tfaccel.quantization.placement import Decision
+from tfaccel.quantization.policies import mixed_precision
 from tfaccel.quantization.popcount import PackedNetwork
 from tfaccel.quantization.post_training import quantize
+from tfaccel.quantization.ranges import LSQ, PACT, RANGES, MovingExtremes
 from tfaccel.quantization.rounding import AdaRound
 from tfaccel.quantization.schemes import SCHEMES, Scheme
 from tfaccel.quantization.second_order import GPTQ
@@ -38,18 +48,31 @@ from tfaccel.quantization.training import is_quantization_aware, plan, quantize_
 __all__ = [
     "GPTQ",
     "LOW_BIT",
+    "LSQ",
+    "PACT",
+    "RANGES",
     "SCHEMES",
     "AdaRound",
+    "Allocation",
     "Binarize",
     "BinaryConnect",
     "BinaryNet",
     "CompressedSize",
+    "DebugReport",
     "Decision",
     "Dequantize",
     "FakeQuantize",
     "FakeQuantizeWeights",
+    "Floor",
+    "FreezeRanges",
     "InputScale",
+    "LayerBits",
+    "LayerNoise",
+    "LearnedClipping",
+    "LearnedStep",
+    "LearnedStepWeights",
     "LowBitWeights",
+    "MovingExtremes",
     "NearestCentroids",
     "PackedNetwork",
     "PackedSize",
@@ -58,7 +81,9 @@ __all__ = [
     "TrainedTernary",
     "WeightSize",
     "XNORNet",
+    "allocate_bits",
     "cluster",
+    "debug",
     "equalize",
     "freeze_ranges",
     "huffman_size",
@@ -67,6 +92,7 @@ __all__ = [
     "load_packed",
     "low_bit",
     "low_bit_plan",
+    "mixed_precision",
     "plan",
     "quantize",
     "quantize_aware",

@@ -2,7 +2,8 @@
 
 Built-in activations become layers of their own, a separable convolution its two halves, swish a
 product, and Rescaling and batch normalization that stands alone become 1x1 depthwise convolutions:
-one factor for each channel, which is exact on an 8-bit grid of its own.
+one factor for each channel, which is exact on an 8-bit grid of its own. Normalization of layers,
+attention and recurrence are written out, see `composites` and `recurrent_steps`.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from keras import layers
 from tfaccel.core.cloning import clone_built, clone_operation
 from tfaccel.core.graph import Graph, Node
 from tfaccel.core.transforms import TransformedLayer, wrap_layer
+from tfaccel.quantization.composites import Attention, Composite, Normalization
 from tfaccel.quantization.operators import (
     KERNEL_AXES,
     RELUS,
@@ -25,7 +27,15 @@ from tfaccel.quantization.operators import (
     inner_layer,
     is_batch_norm,
 )
+from tfaccel.quantization.recurrent_steps import Recurrence
 
+_COMPOSITES: dict[type, type[Composite]] = {
+    layers.Bidirectional: Recurrence,
+    layers.GRU: Recurrence,
+    layers.LSTM: Recurrence,
+    layers.LayerNormalization: Normalization,
+    layers.MultiHeadAttention: Attention,
+}
 _HALVES: dict[type, tuple[type, type]] = {
     layers.SeparableConv1D: (layers.DepthwiseConv1D, layers.Conv1D),
     layers.SeparableConv2D: (layers.DepthwiseConv2D, layers.Conv2D),
@@ -45,36 +55,83 @@ class Rewriter:
         graph: edited by `rewrite`.
         skipped: ids of the layers that stay as they are.
         free_name: makes a name that no layer has.
+        masked: whether the model has masks, which layers pass on where the graph does not show it.
+        wide: whether values have 16 bits.
 
     Attributes:
         exact: ids of the layers made here whose kernels are exact on their grid as they are.
+        refusals: for layers that could have been written out but for this call, by id, the reason.
+        origins: for names made here, the layer that the new one is a part of.
     """
 
-    def __init__(self, graph: Graph, skipped: set[int], free_name: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        skipped: set[int],
+        free_name: Callable[[str], str],
+        *,
+        masked: bool = False,
+        wide: bool = False,
+    ) -> None:
         self._graph = graph
         self._skipped = skipped
-        self._free_name = free_name
+        self._make_name = free_name
+        self._masked = masked
+        self._wide = wide
+        self._current = ""
         self.exact: set[int] = set()
+        self.refusals: dict[int, str] = {}
+        self.origins: dict[str, str] = {}
+
+    def _free_name(self, wanted: str) -> str:
+        name = self._make_name(wanted)
+        self.origins[name] = self._current
+        return name
 
     def rewrite(self) -> None:
         """Edits the graph."""
         for layer in self._graph.layers():
             inner = layer.layer if isinstance(layer, TransformedLayer) else layer
+            self._current = layer.name
             if id(inner) in self._skipped:
                 continue
-            if type(layer) in _HALVES:
+            if type(inner) in _COMPOSITES:
+                self._write_out(layer)
+            elif type(layer) in _HALVES:
                 self._split_separable(layer)
             elif type(inner) in KERNEL_AXES and activation_name(inner) not in _fused_with(inner):
                 self._split_activation(layer, inner)
         for node in list(self._graph.nodes):
             if id(inner_layer(node)) in self._skipped:
                 continue
+            self._current = self.origins.get(node.name, node.name)
             if activation_of(node) == "silu":
                 self._split_swish(node)
             elif type(node.layer) is layers.Rescaling:
                 self._replace_rescaling(node)
             elif is_batch_norm(node):
                 self._lead_norm(node)
+
+    def _write_out(self, layer: Any) -> None:
+        """Writes a layer as several, or says why not."""
+        calls = self._graph.calls(layer)
+        composite = _COMPOSITES.get(type(layer))
+        if composite is None:
+            reason = "pruned already; prune after quantize_aware()"
+            self.refusals[id(layer.layer)] = f"{type(layer.layer).__name__} that is {reason}"
+            return
+        made = composite(layer, self._free_name, self.exact)
+        kind = type(layer).__name__
+        reason = f"{kind} that is called more than once" if len(calls) > 1 else ""
+        if self._masked and composite is not Normalization:
+            reason = f"{kind} in a model with masks"
+        if self._wide:
+            reason = f"{kind} in 16 bits"
+        reason = reason or made.refusal(calls[0])
+        if reason:
+            self.refusals[id(layer)] = reason
+        else:
+            made.apply(self._graph, calls[0])
 
     def _split_separable(self, layer: Any) -> None:
         depthwise, pointwise = _halves_of(layer, self._free_name(f"{layer.name}_depthwise"))

@@ -4,66 +4,31 @@ Values are rounded to the grid of the integers and back, and the gradient passes
 happened (straight-through estimator, Bengio et al. 2013). Scale and zero point are TFLite's:
 weights symmetric per output channel, real = scale * integer with integers in [-127, 127];
 activations per tensor, real = scale * (integer - zero_point), with zero exactly on the grid (Jacob
-et al. 2018, section 3).
+et al. 2018, section 3). Ranges follow the values here; `tfaccel.quantization.learned_ranges` has
+those that are trained by the gradient.
 """
 
-import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import keras
 
 from tfaccel.core.checks import check_fraction, check_in
-from tfaccel.core.graph import Graph, map_models
-from tfaccel.core.transforms import QUANTIZE, WeightTransform
+from tfaccel.quantization.rounded_weights import FakeQuantizeWeights
+from tfaccel.quantization.schemes import LOW_BITS
 
-BITS = range(2, 9)
+__all__ = [
+    "Dequantize",
+    "FakeQuantize",
+    "FakeQuantizeWeights",
+    "Floor",
+    "fake_quantize",
+    "never_empty",
+    "round_to_grid",
+]
+
+BITS = (*LOW_BITS, 16)
 # A factor of -1 is simplified away by the converter, together with the negation behind it.
 _BARELY_BEYOND_MINUS_ONE = -1 - 2**-23
-
-
-@keras.saving.register_keras_serializable("tfaccel")
-@dataclasses.dataclass(eq=False)
-class FakeQuantizeWeights(WeightTransform):
-    """Rounds a weight to a symmetric grid, one scale for each slice along `axes`.
-
-    The scale is max |w| / (2^(bits-1) - 1), so that it has no state. Since it is linear in w,
-    rounding commutes with the factor that batch-norm folding puts on a channel: the folded kernel
-    lies on the grid that the runtime reads from it. Zeros stay zeros.
-
-    Args:
-        axes: the axes that have a scale of their own: output channels, or () for one scale in all.
-        bits: 2 to 8.
-
-    Raises:
-        ValueError: `bits` is out of range.
-    """
-
-    stage: ClassVar[int] = QUANTIZE
-
-    axes: tuple[int, ...] = (-1,)
-    bits: int = 8
-
-    def __post_init__(self) -> None:
-        check_in("bits", self.bits, BITS)
-        self.axes = tuple(self.axes)
-
-    def scale(self, weight: Any) -> Any:
-        """Returns the step of the grid, of the weight's rank with size 1 along the other axes."""
-        kept = {axis % len(weight.shape) for axis in self.axes}
-        others = tuple(axis for axis in range(len(weight.shape)) if axis not in kept)
-        largest = keras.ops.max(keras.ops.abs(weight), axis=others, keepdims=True)
-        # An all-zero channel has any scale.
-        largest = keras.ops.where(largest > 0, largest, keras.ops.ones_like(largest))
-        return largest / (2 ** (self.bits - 1) - 1)
-
-    def __call__(self, weight: Any, training: bool | None = None) -> Any:  # noqa: ARG002
-        """Returns the rounded weight; the gradient passes straight through."""
-        return weight + keras.ops.stop_gradient(self.finalize(weight) - weight)
-
-    def finalize(self, weight: Any) -> Any:
-        """Returns the rounded weight, exactly on the grid."""
-        scale = self.scale(weight)
-        return keras.ops.round(weight / scale) * scale
 
 
 @keras.saving.register_keras_serializable("tfaccel")
@@ -75,10 +40,13 @@ class FakeQuantize(keras.layers.Layer):
     clipped, and get no gradient. Before the first training batch values pass unchanged.
 
     Args:
-        bits: 2 to 8.
+        bits: 2 to 8, or 16.
         momentum: share of the old range in the new one after each batch, in [0, 1).
         fixed_range: (minimum, maximum) that is not learnt, for operators whose range the runtime
             prescribes, such as softmax.
+        symmetric: whether the range reaches as far below zero as above, by -2^(bits-1) and
+            2^(bits-1) - 1 steps.
+        nonnegative: says that no value is below zero, as behind a ReLU.
         name: of the layer.
 
     Raises:
@@ -90,6 +58,9 @@ class FakeQuantize(keras.layers.Layer):
         bits: int = 8,
         momentum: float = 0.99,
         fixed_range: tuple[float, float] | None = None,
+        *,
+        symmetric: bool = False,
+        nonnegative: bool = False,
         **kwargs: Any,
     ) -> None:
         check_in("bits", bits, BITS)
@@ -104,25 +75,40 @@ class FakeQuantize(keras.layers.Layer):
         self.bits = bits
         self.momentum = momentum
         self.fixed_range = None if fixed_range is None else (fixed_range[0], fixed_range[1])
+        self.symmetric = symmetric
+        self.nonnegative = nonnegative
         self.supports_masking = True
-        low, high = self.fixed_range or (0.0, 0.0)
-        constant = keras.initializers.Constant
-        self.minimum = self._add_number("minimum", constant(low))
-        self.maximum = self._add_number("maximum", constant(high))
-        self.batches = self.add_weight(
-            shape=(), dtype="int32", initializer="zeros", trainable=False, name="batches"
-        )
+        self._add_state()
+        self.batches = self._add_number("batches", dtype="int32")
+        self.held = self._add_number("held", dtype="int32")
         self.built = True
 
-    def _add_number(self, name: str, initializer: Any) -> keras.Variable:
+    def _add_state(self) -> None:
+        low, high = self.fixed_range or (0.0, 0.0)
+        self._low = self._add_number("minimum", low)
+        self._high = self._add_number("maximum", high)
+
+    def _add_number(
+        self, name: str, value: float = 0, *, dtype: str = "float32", trainable: bool = False
+    ) -> keras.Variable:
         return self.add_weight(
             shape=(),
-            dtype="float32",
-            initializer=initializer,
-            trainable=False,
+            dtype=dtype,
+            initializer=keras.initializers.Constant(value),
+            trainable=trainable,
             autocast=False,
             name=name,
         )
+
+    @property
+    def minimum(self) -> Any:
+        """The lower end of the range that is learnt, [] float32."""
+        return self._low
+
+    @property
+    def maximum(self) -> Any:
+        """The upper end of the range that is learnt, [] float32."""
+        return self._high
 
     @property
     def calibrated(self) -> bool:
@@ -134,40 +120,61 @@ class FakeQuantize(keras.layers.Layer):
         # Ranges are float32 under mixed precision too: half the digits would move the grid.
         values = keras.ops.cast(inputs, "float32")
         if self.fixed_range is not None:
-            rounded = _fake_quantize(values, *self.fixed_range, self.bits)
-            return keras.ops.cast(rounded, inputs.dtype)
-        if training:
-            low, high = self._observe(keras.ops.stop_gradient(values))
-            return keras.ops.cast(_fake_quantize(values, low, high, self.bits), inputs.dtype)
-        low, high = (keras.ops.convert_to_tensor(v) for v in (self.minimum, self.maximum))
-        rounded = _fake_quantize(values, *_never_empty(low, high), self.bits)
-        return keras.ops.cast(keras.ops.where(high > low, rounded, values), inputs.dtype)
+            rounded = fake_quantize(values, *self.fixed_range, self.bits)
+        elif training:
+            rounded = self._round_in_training(values)
+        else:
+            low, high = (keras.ops.convert_to_tensor(v) for v in (self.minimum, self.maximum))
+            rounded = fake_quantize(values, *never_empty(low, high), self.bits)
+            rounded = keras.ops.where(high > low, rounded, values)
+        return keras.ops.cast(rounded, inputs.dtype)
+
+    def _round_in_training(self, values: Any) -> Any:
+        low, high = self._observe(keras.ops.stop_gradient(values))
+        return fake_quantize(values, low, high, self.bits)
 
     def _observe(self, values: Any) -> tuple[Any, Any]:
         """Moves the range towards that of `values`; returns it, or any if all was zero so far."""
         ops = keras.ops
-        old = [ops.convert_to_tensor(v) for v in (self.minimum, self.maximum)]
-        seen = ops.minimum(ops.min(values), 0.0), ops.maximum(ops.max(values), 0.0)
-        begun = old[1] > old[0]
+        old = [ops.convert_to_tensor(v) for v in (self._low, self._high)]
+        # What is not below zero anyway need not be looked through for it.
+        least = 0.0 if self.nonnegative else ops.minimum(ops.min(values), 0.0)
+        seen = self._widened(least, ops.maximum(ops.max(values), 0.0))
+        learning = ops.where(old[1] > old[0], 1 - self.momentum, 1.0)
+        share = ops.where(ops.convert_to_tensor(self.held) > 0, 0.0, learning)
         moved = []
         for before, now in zip(old, seen, strict=True):
             # An overflow under float16 must not spoil the range for good.
             sound = ops.where(ops.isfinite(now), now, before)
-            mean = self.momentum * before + (1 - self.momentum) * sound
-            moved.append(ops.where(begun, mean, sound))
-        self.minimum.assign(moved[0])
-        self.maximum.assign(moved[1])
+            moved.append(before + share * (sound - before))
+        self._low.assign(moved[0])
+        self._high.assign(moved[1])
         self.batches.assign_add(1)
-        return _never_empty(*moved)
+        return never_empty(*moved)
+
+    def _widened(self, low: Any, high: Any) -> tuple[Any, Any]:
+        """Returns the range that is kept for one that was seen."""
+        if not self.symmetric:
+            return low, high
+        largest = keras.ops.maximum(-low, high)
+        return -largest * (1 + 1 / (2 ** (self.bits - 1) - 1)), largest
 
     def set_range(self, low: float, high: float) -> None:
         """Sets the range as if it had been learnt; it is widened to contain zero."""
-        self.minimum.assign(min(low, 0.0))
-        self.maximum.assign(max(high, 0.0))
+        ends = self._widened(min(low, 0.0), max(high, 0.0))
+        self._low.assign(ends[0])
+        self._high.assign(ends[1])
         self.batches.assign(keras.ops.maximum(self.batches, 1))
+
+    def hold_range(self) -> None:
+        """Stops learning: from the next batch on the range stays as it is."""
+        self.held.assign(1)
 
     def frozen(self) -> "FakeQuantize":
         """Returns a layer of the same name whose range is fixed to what this one has learnt.
+
+        A grid of fewer than 8 bits becomes the part of one of 8 bits, of the same step, that values
+        from zero on can reach: its upper end clips, and the ReLU before it is the lower end.
 
         Raises:
             ValueError: nothing was learnt yet.
@@ -178,8 +185,19 @@ class FakeQuantize(keras.layers.Layer):
                 "never trained. Run model.fit on a few batches first."
             )
         low, high = (float(keras.ops.convert_to_numpy(v)) for v in (self.minimum, self.maximum))
-        fixed = (low, high) if high > low else (0.0, 1.0)  # any, for what was always zero
-        return FakeQuantize(self.bits, self.momentum, self.fixed_range or fixed, name=self.name)
+        # Any range will do for what was always zero.
+        low, high = self.fixed_range or ((low, high) if high > low else (0.0, 1.0))
+        bits = self.bits
+        if bits < 8 and self.nonnegative and not self.symmetric:
+            low, bits = high - 255 * high / (2**bits - 1), 8
+        return FakeQuantize(
+            bits,
+            self.momentum,
+            (low, high),
+            symmetric=self.symmetric,
+            nonnegative=self.nonnegative,
+            name=self.name,
+        )
 
     def strip_layer(self) -> None:
         """Says that nothing stands in its place in a plain model."""
@@ -199,6 +217,8 @@ class FakeQuantize(keras.layers.Layer):
             "bits": self.bits,
             "momentum": self.momentum,
             "fixed_range": self.fixed_range,
+            "symmetric": self.symmetric,
+            "nonnegative": self.nonnegative,
         }
 
 
@@ -233,27 +253,59 @@ class Dequantize(keras.layers.Layer):
         return keras.KerasTensor(inputs.shape, inputs.dtype)
 
 
-def freeze_ranges(model: keras.Model) -> keras.Model:
-    """Returns a quantization-aware model whose ranges no longer move.
+@keras.saving.register_keras_serializable("tfaccel")
+class Floor(keras.layers.Layer):
+    """Keeps in training what is rounded to zero from being divided by.
+
+    For 1 / sqrt(0) the integer runtime gives the largest value that it has, and so does rounding
+    behind an infinity. In training neither a range nor a gradient could be had of that, so zeros
+    become one step of the grid, max / (2^bits - 1).
+
+    Args:
+        bits: of the grid, 2 to 8, or 16.
+        name: of the layer.
 
     Raises:
-        ValueError: a range was never learnt.
+        ValueError: `bits` is out of range.
     """
 
-    def edit(graph: Graph) -> None:
-        for layer in graph.layers():
-            if isinstance(layer, FakeQuantize):
-                graph.replace_layer(layer, layer.frozen())
+    def __init__(self, bits: int = 8, **kwargs: Any) -> None:
+        check_in("bits", bits, BITS)
+        super().__init__(**{**kwargs, "autocast": False})
+        self.bits = bits
+        self.supports_masking = True
+        self.built = True
 
-    return map_models(model, edit)
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """Returns `inputs`; any shape, any float type, not below zero."""
+        if not training:
+            return inputs
+        step = keras.ops.stop_gradient(keras.ops.max(inputs)) / (2**self.bits - 1)
+        return keras.ops.maximum(inputs, keras.ops.maximum(step, keras.config.epsilon()))
+
+    def strip_layer(self) -> None:
+        """Says that nothing stands in its place in a plain model."""
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Returns the input's shape."""
+        return input_shape
+
+    def compute_output_spec(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002
+        """Returns the input's shape and type."""
+        return keras.KerasTensor(inputs.shape, inputs.dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {**super().get_config(), "bits": self.bits}
 
 
-def _never_empty(low: Any, high: Any) -> tuple[Any, Any]:
+def never_empty(low: Any, high: Any) -> tuple[Any, Any]:
     """Returns the range, or (0, 1) for an empty one: what was always zero is exact on any grid."""
     return low, keras.ops.where(high > low, high, low + 1.0)
 
 
-def _fake_quantize(values: Any, low: Any, high: Any, bits: int) -> Any:
+def fake_quantize(values: Any, low: Any, high: Any, bits: int) -> Any:
+    """Rounds float32 values to 2^bits levels between low and high, by the backend's best means."""
     if keras.backend.backend() == "tensorflow":
         # The one operation that the converter reads as "this tensor is quantized so".
         import tensorflow as tf

@@ -9,7 +9,7 @@ import numpy as np
 
 from tfaccel.core.checks import check_model, check_type
 from tfaccel.core.cloning import clone_operation
-from tfaccel.core.graph import Graph, map_models
+from tfaccel.core.graph import Graph, flat_layers, map_models
 from tfaccel.core.nodes import Node, swap
 from tfaccel.core.selection import Choice, Selector, select_layers
 from tfaccel.core.transforms import PRUNE, TransformedLayer, transformed_layers, wrap_layer
@@ -94,6 +94,7 @@ def low_bit(
             for layer, number in zip(chosen, seeds, strict=True)
         },
         batch_norm,
+        {layer.name for layer in flat_layers(model)},
     )
     return map_models(model, rewriter.edit)
 
@@ -228,9 +229,12 @@ class _Parts:
 class _Rewriter:
     """Edits the graphs of a model and its nested models; a shared layer gets one set of parts."""
 
-    def __init__(self, transforms: dict[int, LowBitWeights], batch_norm: bool) -> None:
+    def __init__(
+        self, transforms: dict[int, LowBitWeights], batch_norm: bool, names: set[str]
+    ) -> None:
         self._transforms = transforms
         self._batch_norm = batch_norm
+        self._names = names  # that are taken
         self._made: dict[int, _Parts] = {}
 
     def edit(self, graph: Graph) -> None:
@@ -255,17 +259,30 @@ class _Rewriter:
             bare = _without_bias(inner)
         parts = _Parts(wrap_layer(layer, {"kernel": transform}, bare))
         if transform.binary_inputs:
-            parts.binarize = Binarize(name=f"{layer.name}_sign", **policy)
+            parts.binarize = Binarize(name=self._free_name(f"{layer.name}_sign"), **policy)
             parts.norm = keras.layers.BatchNormalization(
-                name=f"{layer.name}_norm", axis=_channel_axis(inner), **_NORM, **policy
+                name=self._free_name(f"{layer.name}_norm"),
+                axis=_channel_axis(inner),
+                **_NORM,
+                **policy,
             )
         if bare is not None:
-            parts.scale = _scale_for(layer.name, inner)
+            parts.scale = _scale_for(self._free_name(f"{layer.name}_scale"), inner)
             if inner.activation is not keras.activations.linear:
                 parts.activation = keras.layers.Activation(
-                    inner.activation, name=f"{layer.name}_activation", **policy
+                    inner.activation,
+                    name=self._free_name(f"{layer.name}_activation"),
+                    **policy,
                 )
         return parts
+
+    def _free_name(self, wanted: str) -> str:
+        name, number = wanted, 0
+        while name in self._names:
+            number += 1
+            name = f"{wanted}_{number}"
+        self._names.add(name)
+        return name
 
     def _feed_signs(self, graph: Graph, node: Node, parts: _Parts) -> None:
         tensor = node.inputs[0]
@@ -323,9 +340,7 @@ def _scale_for(name: str, inner: Any) -> InputScale:
     if isinstance(inner, _CONVOLUTIONS):
         fields = ("kernel_size", "strides", "padding", "dilation_rate")
         window = {field: getattr(inner, field) for field in fields}
-    scale = InputScale(
-        **window, use_bias=inner.use_bias, dtype=inner.dtype_policy, name=f"{name}_scale"
-    )
+    scale = InputScale(**window, use_bias=inner.use_bias, dtype=inner.dtype_policy, name=name)
     shape = inner.get_build_config()["input_shape"]
     scale.build([inner.compute_output_shape(shape), shape])
     if scale.bias is not None:

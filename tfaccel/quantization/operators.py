@@ -8,6 +8,7 @@ from keras import layers
 
 from tfaccel.core.graph import Graph, Node, Tensor
 from tfaccel.core.transforms import TransformedLayer
+from tfaccel.rewriting.folding import NORMS
 
 # Layers with a kernel, and the axes of the kernel that are output channels.
 KERNEL_AXES: dict[type, tuple[int, ...]] = {
@@ -87,8 +88,37 @@ def kind_of(node: Node) -> str:
         return "sum" if _has_two_terms(node) else ""
     if isinstance(layer, _MEANS) or _is_operation(node, ("Mean",)):
         return "mean"
+    if _is_operation(node, ("Matmul",)):
+        return "matrix product" if _of_batches(node) else ""
+    if is_inverse_root(node):
+        return "inverse square root"
     name = activation_of(node)
     return "activation" if name in FIXED_RANGES or name in _OWN_RANGES else ""
+
+
+def converts_in_sixteen_bits(node: Node) -> bool:
+    """Whether the converter has a form with values of 16 bits for what it has one with 8 bits."""
+    if passes(node):
+        return not isinstance(node.layer, layers.UpSampling2D)
+    kind = kind_of(node)
+    if kind == "sum":
+        return len(node.inputs) == 2  # none with a number
+    return kind in ("kernel", "mean") or activation_of(node) in ("leaky_relu", *RELUS)
+
+
+def is_inverse_root(node: Node) -> bool:
+    """Whether a node computes 1 / sqrt(x), which has no value for what is rounded to zero."""
+    return _is_operation(node, ("Rsqrt",))
+
+
+def _of_batches(node: Node) -> bool:
+    """Whether both factors of a product of matrices are values, one matrix for each sample."""
+    return len(node.inputs) == 2 and all(len(tensor.shape) > 2 for tensor in node.inputs)
+
+
+def gives_no_negatives(node: Node) -> bool:
+    """Whether a node ends in a ReLU, of its own or built in."""
+    return is_relu(node) or activation_name(inner_layer(node)) in RELUS
 
 
 def is_sum(node: Node) -> bool:
@@ -128,7 +158,7 @@ def is_relu(node: Node) -> bool:
 def is_batch_norm(node: Node) -> bool:
     """Whether a node normalizes channels, the last axis, as it can be folded."""
     layer: Any = node.layer
-    if type(layer) is not layers.BatchNormalization:
+    if type(layer) not in NORMS:
         return False
     plain = all(value is None or value is False for value in node.kwargs.values())
     return plain and len(node.args) == 1 and layer.axis in (-1, len(node.outputs[0].shape) - 1)

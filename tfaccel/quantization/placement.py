@@ -7,30 +7,38 @@ their own. What is not covered is fenced off, so that the converter leaves it in
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import keras
+from keras import layers
 
 from tfaccel.core.graph import Graph, Node, Tensor
 from tfaccel.core.transforms import TransformedLayer, wrap_layer
 from tfaccel.quantization.equivalents import Rewriter
-from tfaccel.quantization.fake_quantization import Dequantize, FakeQuantize, FakeQuantizeWeights
+from tfaccel.quantization.fake_quantization import Dequantize, FakeQuantize, Floor
 from tfaccel.quantization.operators import (
     FIXED_RANGES,
     KERNEL_AXES,
     TRANSPOSED,
     activation_name,
     activation_of,
+    converts_in_sixteen_bits,
     folds_into,
+    gives_no_negatives,
     inner_layer,
     is_batch_norm,
     is_concatenation,
+    is_inverse_root,
     is_relu,
     is_sum,
     kind_of,
     passes,
 )
+from tfaccel.quantization.ranges import Ranges
+from tfaccel.quantization.rounded_weights import check_blocks
 from tfaccel.quantization.schemes import Scheme
+from tfaccel.rewriting.freezable_norm import FreezableBatchNormalization
 
 QUANTIZED, FOLLOWS, FLOAT = "quantized", "follows", "float"
 
@@ -51,41 +59,59 @@ class Decision:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Wishes:
+    """What is wanted of a model, for all of its graphs.
+
+    Attributes:
+        scheme: bits of weights and activations.
+        ranges: makes what rounds.
+        skipped: for each layer that the user leaves in float, by identity, the reason.
+        schemes: for layers that have a scheme of their own, by name.
+        ends: names of the first and the last layer that has a kernel.
+        masked: whether layers hand masks on.
+    """
+
+    scheme: Scheme
+    ranges: Ranges
+    skipped: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
+    ends: Collection[str] = ()
+    masked: bool = False
+
+
 class Placer:
     """Puts fake quantization into one graph.
 
     Args:
         graph: edited by `place`.
-        scheme: bits of weights and activations.
-        skipped: for each layer that the user leaves in float, by identity, the reason.
-        ends: names of the first and the last layer that has a kernel.
+        wishes: what is wanted.
         outermost: whether the graph's inputs come from outside, not from a surrounding model.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        scheme: Scheme,
-        skipped: dict[int, str],
-        *,
-        outermost: bool,
-        ends: Collection[str] = (),
-    ) -> None:
+    def __init__(self, graph: Graph, wishes: Wishes, *, outermost: bool) -> None:
         self._graph = graph
-        self._scheme = scheme
-        self._skipped = skipped
+        self._wishes = wishes
+        self._skipped = wishes.skipped
         self._outermost = outermost
-        self._ends = ends
         self._integer: set[int] = set()  # tensors that are on a grid
         self._absorbed: dict[int, str] = {}  # nodes that are parts of another's operator
         self._float: list[Node] = []  # nodes that are computed in float
         self._names = {node.name for node in graph.nodes}
+        self._rewriter = Rewriter(
+            graph,
+            set(wishes.skipped),
+            self._free_name,
+            masked=wishes.masked,
+            wide=wishes.scheme.activation_bits == 16,
+        )
         self.decisions: list[Decision] = []
 
     def place(self) -> list[Decision]:
         """Edits the graph; returns what was decided for each call."""
-        rewriter = Rewriter(self._graph, set(self._skipped), self._free_name)
-        rewriter.rewrite()
+        if not self._wishes.scheme.integer_activations:
+            return self._place_weights_only()
+        self._rewriter.rewrite()
         kernels: dict[int, keras.layers.Layer] = {}
         for node in list(self._graph.nodes):
             action, reason = self._place_node(node)
@@ -98,9 +124,43 @@ class Placer:
         for node in self._float:
             self._fence(node)
         for layer in kernels.values():
-            if id(layer) not in rewriter.exact:
+            if id(layer) not in self._rewriter.exact:
                 self._quantize_kernel(layer)
         return self.decisions
+
+    def _place_weights_only(self) -> list[Decision]:
+        """Rounds kernels, and nothing between layers."""
+        kernels: dict[int, keras.layers.Layer] = {}
+        for node in self._graph.nodes:
+            if node.is_input or node.is_model:
+                continue
+            reason = self._why_kernel_stays(node)
+            action = FLOAT if reason else QUANTIZED
+            self.decisions.append(Decision(node.name, action, reason or "kernel"))
+            if not reason and node.layer is not None:
+                kernels[id(node.layer)] = node.layer
+        for layer in kernels.values():
+            self._quantize_kernel(layer)
+        return self.decisions
+
+    def _why_kernel_stays(self, node: Node) -> str:
+        layer: Any = inner_layer(node)
+        if id(layer) in self._skipped:
+            return self._skipped[id(layer)]
+        if type(layer) not in KERNEL_AXES:
+            return "the scheme rounds kernels of convolutions and dense layers only"
+        if _is_changed_by_keras(layer):
+            return _CHANGED
+        block = self._scheme_of(node.name).weight_block
+        if block is None:
+            return ""
+        if not isinstance(layer, layers.Dense):
+            return f"{type(layer).__name__}, but blocks of weights are for Dense"
+        try:
+            check_blocks(layer.kernel.shape, block)
+        except ValueError:
+            return f"its {layer.kernel.shape[0]} inputs are no multiple of blocks of {block}"
+        return ""
 
     def _place_node(self, node: Node) -> tuple[str, str]:
         if id(node) in self._absorbed:
@@ -134,9 +194,14 @@ class Placer:
         before = self._graph.producer(node.inputs[0]) if node.inputs else None
         if before in self._float and (is_relu(node) or folds_into(self._graph, node, before)):
             return f"computed in one with {before.name!r}, which stays in float"
-        if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
-            return "has weights that Keras has quantized or adapted (LoRA)"
+        if _is_changed_by_keras(layer):
+            return _CHANGED
+        if id(layer) in self._rewriter.refusals:
+            return f"{self._rewriter.refusals[id(layer)]} is not covered"
         if passes(node) or is_concatenation(node) or kind_of(node):
+            wide = self._wishes.scheme.activation_bits == 16
+            if wide and not converts_in_sixteen_bits(node):
+                return f"{_name_of(node)} in 16 bits is not covered"
             return ""
         return _why_uncovered(node)
 
@@ -144,6 +209,10 @@ class Placer:
         if not is_concatenation(node):  # the inputs of a concatenation take its range
             for tensor in node.inputs:
                 self._need(tensor)
+        if is_inverse_root(node):
+            bits = 16 if self._wishes.scheme.activation_bits == 16 else 8
+            floor = Floor(bits, name=self._free_name(f"{node.name}_floor"))
+            self._mark(self._graph.insert_before(node, node.inputs[0], floor))
         last = self._operator_end(node)
         output = last.outputs[0]
         if self._takes_range_of_reader(node, output):
@@ -185,6 +254,9 @@ class Placer:
         if is_batch_norm(readers[0]) and not folds_into(graph, readers[0], node):
             return last
         self._absorbed[id(readers[0])] = f"{how} {node.name}"
+        norm = readers[0].layer
+        if type(norm) is layers.BatchNormalization and not getattr(norm, "renorm", False):
+            self._graph.replace_layer(norm, FreezableBatchNormalization.like(norm))
         return readers[0]
 
     def _is_integer(self, tensor: Tensor) -> bool:
@@ -214,12 +286,23 @@ class Placer:
 
     def _quantize(self, tensor: Tensor, fixed_range: tuple[float, float] | None = None) -> None:
         producer = self._graph.producer(tensor)
-        layer = FakeQuantize(
-            self._scheme.activation_bits,
+        scheme = self._scheme_of(producer.name)
+        no_negatives = gives_no_negatives(producer)
+        bits = scheme.activation_bits
+        layer = self._wishes.ranges.round_values(
+            # A narrow grid is clipped by a ReLU at one end and by int8 at the other.
+            bits if no_negatives or bits > 8 else 8,
             fixed_range=fixed_range,
+            symmetric=scheme.symmetric_activations,
+            nonnegative=no_negatives,
             name=self._free_name(f"{producer.name}_quantize"),
         )
         self._mark(tensor, self._graph.insert_after(tensor, layer))
+
+    def _scheme_of(self, name: str) -> Scheme:
+        """Returns the scheme of a layer, or of that which it is a part of."""
+        known = self._wishes.schemes
+        return known.get(self._rewriter.origins.get(name, name), self._wishes.scheme)
 
     def _fence(self, node: Node) -> None:
         """Ends the integers before a call that is computed in float."""
@@ -241,9 +324,21 @@ class Placer:
 
     def _quantize_kernel(self, layer: keras.layers.Layer) -> None:
         inner = layer.layer if isinstance(layer, TransformedLayer) else layer
-        bits = self._scheme.bits_of_weights(at_end=layer.name in self._ends)
-        transform = FakeQuantizeWeights(KERNEL_AXES[type(inner)], bits)
+        scheme = self._scheme_of(layer.name)
+        transform = self._wishes.ranges.round_weights(
+            KERNEL_AXES[type(inner)],
+            scheme.bits_of_weights(at_end=layer.name in self._wishes.ends),
+            symmetric=scheme.symmetric_weights,
+            block=scheme.weight_block if isinstance(inner, layers.Dense) else None,
+        )
         self._graph.replace_layer(layer, wrap_layer(layer, {"kernel": transform}))
+
+
+_CHANGED = "has weights that Keras has quantized or adapted (LoRA)"
+
+
+def _is_changed_by_keras(layer: Any) -> bool:
+    return bool(getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False))
 
 
 def _is_float(tensor: Tensor) -> bool:
@@ -266,17 +361,22 @@ def _gives_integers(model: keras.Model) -> list[bool]:
     return [on_grid(tensor) for tensor in graph.outputs]
 
 
+def _name_of(node: Node) -> str:
+    layer = inner_layer(node)
+    return type(node.operation if layer is None else layer).__name__
+
+
 def _why_uncovered(node: Node) -> str:
     layer = inner_layer(node)
-    name = type(node.operation if layer is None else layer).__name__
-    if isinstance(layer, keras.layers.BatchNormalization):
+    name = _name_of(node)
+    if isinstance(layer, layers.BatchNormalization):
         return "batch normalization that cannot be folded or made a convolution"
     if is_sum(node):
         return f"{name} of an array of constants or of more than two values is not covered yet"
-    if isinstance(layer, keras.layers.Activation):
+    if isinstance(layer, layers.Activation):
         return f"activation {getattr(layer.activation, '__name__', name)} is not covered yet"
     if isinstance(node.layer, TransformedLayer) and name.startswith("Separable"):
         return f"{name} that is pruned already; prune after quantize_aware()"
-    covered = (keras.layers.ReLU, keras.layers.Softmax, keras.layers.UpSampling2D)
+    covered = (layers.ReLU, layers.Softmax, layers.UpSampling2D)
     with_arguments = " with these arguments" if isinstance(layer, covered) else ""
     return f"{name}{with_arguments} is not covered yet"

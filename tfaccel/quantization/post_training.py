@@ -12,6 +12,7 @@ from tfaccel.core.graph import flat_layers
 from tfaccel.core.selection import Selector
 from tfaccel.core.stripping import bake_weights
 from tfaccel.core.transforms import TransformedLayer
+from tfaccel.quantization.allocation import Allocation
 from tfaccel.quantization.bias_correction import (
     ANALYTIC,
     EMPIRICAL,
@@ -33,7 +34,7 @@ from tfaccel.quantization.moments import Moments, follow_moments
 from tfaccel.quantization.patches import AS_MATRICES, to_kernel, to_matrices
 from tfaccel.quantization.placement import QUANTIZED
 from tfaccel.quantization.rounding import ROUNDINGS, Rounding
-from tfaccel.quantization.schemes import SCHEMES, Scheme
+from tfaccel.quantization.schemes import DYNAMIC_INT8, FLOAT16, FLOAT32, SCHEMES, Scheme
 from tfaccel.quantization.second_order import GPTQ
 from tfaccel.quantization.sequential import LayerProblem, SequentialAdjustment
 from tfaccel.quantization.training import is_quantization_aware, place
@@ -51,7 +52,7 @@ _HELD_OUT = 4  # of so many batches, one judges the calibrators
 def quantize(
     model: keras.Model,
     calibration_data: Any,
-    scheme: str | Scheme = "int8",
+    scheme: str | Scheme | Allocation = "int8",
     *,
     calibrator: str | dict[str, Any] | Calibrator = "percentile",
     equalize: bool = False,
@@ -77,7 +78,8 @@ def quantize(
             tuple (x, y), or batches of one of these (a tf.data.Dataset). Never the data that the
             accuracy is measured on.
         scheme: "int8"; "int4" (kernels in 4 bits, those of the first and the last layer in 8,
-            values in 8), or a `Scheme`.
+            values in 8); "int16x8" (values in 16 bits); "int4_weight_only" (values in float); a
+            `Scheme`, or what `allocate_bits` has chosen for each layer.
         calibrator: makes ranges of what was seen: "minmax", "moving_average", "percentile" (99.99 %
             of the values on either side), "entropy", "mse", an instance of one of
             these, or "auto": whichever has the least error at the model's outputs on a quarter of
@@ -111,7 +113,8 @@ def quantize(
         et al. 2021, A White Paper on Neural Network Quantization.
     """
     check_model(model, "quantize")
-    chosen = SCHEMES.get(scheme)
+    per_layer = scheme.per_layer if isinstance(scheme, Allocation) else None
+    chosen = SCHEMES.get(scheme.scheme if isinstance(scheme, Allocation) else scheme)
     how = ROUNDINGS.get(rounding)
     ranges = None if calibrator == AUTO else CALIBRATORS.get(calibrator)
     correction = check_correction(correct_bias)
@@ -130,7 +133,7 @@ def quantize(
     if equalize:
         folded, factors = equalize_folded(folded)
         moments = {name: m.divided_by(factors.get(name)) for name, m in moments.items()}
-    placed, decisions = place(folded, chosen, include, exclude)
+    placed, decisions = place(folded, chosen, include, exclude, per_layer=per_layer)
     if all(decision.action != QUANTIZED for decision in decisions):
         reasons = "; ".join(f"{d.name}: {d.reason}" for d in decisions)
         raise ValueError(
@@ -147,11 +150,16 @@ def quantize(
 
 
 def _check_scheme(scheme: Scheme) -> None:
-    if scheme.activation_bits > 8:
+    if scheme in (FLOAT32, FLOAT16, DYNAMIC_INT8):
         raise ValueError(
-            f"quantize() is for schemes with integers between layers ('int8', 'int4'), but got "
-            f"{scheme.name!r}, which needs no calibration: export.to_tflite(model, path, "
-            f"scheme={scheme.name!r})."
+            f"quantize() is for schemes that round by what is seen in data ('int8', 'int4', "
+            f"'int16x8', 'int4_weight_only'), but got {scheme.name!r}, which needs no calibration: "
+            f"export.to_tflite(model, path, scheme={scheme.name!r})."
+        )
+    if not scheme.symmetric_weights or scheme.weight_block is not None:
+        raise ValueError(
+            f"quantize() rounds kernels to symmetric grids with one step for each output, but "
+            f"{scheme.name!r} has others. Train for it: quantize_aware(model, {scheme.name!r})."
         )
 
 

@@ -9,6 +9,7 @@ from tfaccel.reporting.inspection import (
     diff,
     inspect,
 )
+from tfaccel.reporting.noise_pages import render_noise
 from tfaccel.reporting.pages import render_html, summarize
 from tfaccel.reporting.tables import make_table
 from tfaccel.reporting.verdicts import Verdict
@@ -24,5 +25,6 @@ __all__ = [
     "make_table",
     "plot_sensitivity",
     "render_html",
+    "render_noise",
     "summarize",
 ]

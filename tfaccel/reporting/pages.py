@@ -44,20 +44,12 @@ def render_html(
     Raises:
         ValueError: there are no records.
     """
-    import jinja2
-
     rows = list(records)
     if not rows:
         raise ValueError("render_html() needs one measurement at least, but got none.")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tfaccel.reporting", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     columns = columns_of(rows)
-    page = environment.get_template("report.html").render(
+    return write_page(
+        path,
         title=title,
         headings=[heading for heading, _ in columns],
         rows=[(row.name, [spell(row) for _, spell in columns]) for row in rows],
@@ -70,6 +62,26 @@ def render_html(
         facts=dict(facts or {}),
         sources=dict(sources or {}),
     )
+
+
+def write_page(path: str | os.PathLike[str], *, first: str = "model", **content: Any) -> Path:
+    """Writes a page of a table and plots from the template `report.html`.
+
+    Args:
+        path: the page to write.
+        first: heading of the first column.
+        **content: the template's other names.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tfaccel.reporting", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html").render(first=first, **content)
     target = Path(path)
     with write_aside(target) as aside:
         aside.write_text(page, encoding="utf-8")
@@ -85,8 +97,6 @@ def draw_plot(rows: "Sequence[Measurement]", field: str, scale: float, label: st
         scale: what its values are multiplied by.
         label: what is written below the axis.
     """
-    import io
-
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -114,8 +124,15 @@ def draw_plot(rows: "Sequence[Measurement]", field: str, scale: float, label: st
         axes.grid(color="#e5e5e5", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize="small", loc="best")
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
+        return to_svg(figure)
+
+
+def to_svg(figure: Any) -> str:
+    """Returns a matplotlib figure as SVG that may stand inside HTML."""
+    import io
+
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
     # Inside HTML neither the XML declaration nor the document type may stand.
     svg = drawn.getvalue()
     return svg[svg.index("<svg") :]

@@ -12,8 +12,11 @@ from tfaccel.core.checks import check_model
 from tfaccel.core.cloning import clone_operation
 from tfaccel.core.graph import Graph, Node, map_models
 from tfaccel.core.matching import match
+from tfaccel.rewriting.freezable_norm import FreezableBatchNormalization
 
 Array = npt.NDArray[Any]
+
+NORMS = (layers.BatchNormalization, FreezableBatchNormalization)
 
 
 def fold_batch_norm(model: keras.Model, *, before: bool = True) -> keras.Model:
@@ -98,7 +101,7 @@ def _takes_over(node: Node) -> bool:
 
 def _is_batch_norm(node: Node) -> bool:
     plain_call = not any(value is not None and value is not False for value in node.kwargs.values())
-    return type(node.layer) is layers.BatchNormalization and len(node.args) == 1 and plain_call
+    return type(node.layer) in NORMS and len(node.args) == 1 and plain_call
 
 
 def _over_channels(layer: Any, norm: Any, rank: int) -> bool:

@@ -5,6 +5,6 @@
 0.5
 """
 
-from tfaccel.compat.tfmot import clustering, sparsity
+from tfaccel.compat.tfmot import clustering, quantization, sparsity
 
-__all__ = ["clustering", "sparsity"]
+__all__ = ["clustering", "quantization", "sparsity"]
