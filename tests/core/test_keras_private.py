@@ -45,6 +45,16 @@ def test_optimizers_still_clip_through_the_hook():
     assert [a is b for a, b in zip(trained, variables, strict=True)] == [True, True]
 
 
+def test_optimizers_still_apply_through_one_method_with_the_variables_that_have_gradients():
+    variables = [keras.Variable([1.0]), keras.Variable([2.0]), keras.Variable([3.0])]
+    optimizer, applied = keras.optimizers.SGD(), []
+    keras_private.watch_applied_variables(optimizer, applied)
+    gradient = np.ones(1, "float32")
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        optimizer.apply([gradient, None, gradient], variables)
+    assert [variable.path for variable in applied] == [variables[0].path, variables[2].path]
+
+
 def test_accumulating_optimizers_clip_the_mean_once():
     variable = keras.Variable([1.0])
     optimizer = _Unhurried(gradient_accumulation_steps=2)

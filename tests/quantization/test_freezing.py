@@ -5,6 +5,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 from tests.quantization.networks import conv, images, network
@@ -129,20 +130,24 @@ def test_model_without_ranges_is_refused_before_training():
 # Batch norm
 
 
-def norms(seed=0, **options):
+ROWS, IMAGES = (6, 4, 5), (6, 4, 3, 5)  # TensorFlow has an operator of its own for images
+
+
+def norms(seed=0, shape=ROWS, **options):
     """A plain and a freezable one with the same weights."""
     plain = layers.BatchNormalization(momentum=0.7, **options)
-    plain.build((None, 4, 5))
+    plain.build((None, *shape[1:]))
     random = np.random.default_rng(seed)
     for weight in plain.weights:
         weight.assign(random.uniform(0.5, 1.5, weight.shape))
     return plain, FreezableBatchNormalization.like(plain)
 
 
-@pytest.mark.parametrize("options", [{}, {"scale": False}, {"center": False}])
-def test_not_frozen_it_is_batch_normalization(options):
-    plain, ours = norms(**options)
-    x = np.random.default_rng(1).normal(2.0, 3.0, (6, 4, 5)).astype("float32")
+@pytest.mark.parametrize("shape", [ROWS, IMAGES], ids=["rows", "images"])
+@pytest.mark.parametrize("options", [{}, {"scale": False}, {"center": False}, {"dtype": "float64"}])
+def test_not_frozen_it_is_batch_normalization(options, shape):
+    plain, ours = norms(shape=shape, **options)
+    x = np.random.default_rng(1).normal(2.0, 3.0, shape).astype("float32")
     for training in (True, False, True):
         np.testing.assert_allclose(
             ours(x, training=training), plain(x, training=training), atol=1e-5
@@ -160,10 +165,33 @@ def test_masked_samples_do_not_count():
     np.testing.assert_allclose(ours.moving_variance, plain.moving_variance, rtol=1e-4)
 
 
-def test_frozen_it_trains_with_the_moving_statistics():
-    plain, ours = norms()
+def gradients(norm, x, training):
+    """Of a loss in which every output has its own weight: of the inputs, gamma and beta."""
+    weights = np.random.default_rng(3).normal(size=x.shape).astype("float32")
+    inputs = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        loss = tf.reduce_sum(norm(inputs, training=training) * weights)
+    return tape.gradient(loss, [inputs, norm.gamma.value, norm.beta.value])
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["moving", "frozen"])
+@pytest.mark.parametrize("shape", [ROWS, IMAGES], ids=["rows", "images"])
+def test_gradients_are_those_of_batch_normalization(shape, frozen):
+    plain, ours = norms(shape=shape)
+    if frozen:
+        ours.freeze_statistics()
+    x = np.random.default_rng(1).normal(2.0, 3.0, shape).astype("float32")
+    expected, found = gradients(plain, x, not frozen), gradients(ours, x, training=True)
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [ROWS, IMAGES], ids=["rows", "images"])
+def test_frozen_it_trains_with_the_moving_statistics(shape):
+    plain, ours = norms(shape=shape)
     ours.freeze_statistics()
-    x = np.random.default_rng(1).normal(2.0, 3.0, (6, 4, 5)).astype("float32")
+    x = np.random.default_rng(1).normal(2.0, 3.0, shape).astype("float32")
     np.testing.assert_allclose(ours(x, training=True), plain(x, training=False), atol=1e-5)
     np.testing.assert_array_equal(ours.moving_mean, plain.moving_mean)
 

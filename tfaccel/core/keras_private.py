@@ -140,6 +140,22 @@ def replace_clip_gradients(optimizer: keras.optimizers.Optimizer, hook: Any) -> 
     return original
 
 
+def watch_applied_variables(
+    optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]
+) -> None:
+    """Makes one optimizer write down, in `variables`, which of them an update is for.
+
+    Keras leaves out those without a gradient and tells `_clip_gradients` nothing of it.
+    """
+    original = optimizer._backend_apply_gradients  # noqa: SLF001
+
+    def apply(grads: Any, trainable_variables: Any) -> Any:
+        variables[:] = trainable_variables
+        return original(grads, trainable_variables)
+
+    optimizer._backend_apply_gradients = apply  # noqa: SLF001
+
+
 def trained_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """Returns the variables that an optimizer was built for."""
     return list(optimizer._trainable_variables)  # noqa: SLF001

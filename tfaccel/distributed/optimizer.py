@@ -10,6 +10,7 @@ from tfaccel.core import keras_private
 from tfaccel.core.checks import check_type
 from tfaccel.distributed import runtime
 from tfaccel.distributed.drift import WeightsCheck
+from tfaccel.distributed.gradient_exchange import GradientCompressor, GradientExchange
 from tfaccel.distributed.reduction import reduce_tensors
 from tfaccel.distributed.runtime import Average, Min, ReduceOp, Sum, check_op
 
@@ -19,7 +20,7 @@ _numbers = itertools.count()
 
 def DistributedOptimizer(  # noqa: N802 - Horovod's name
     optimizer: keras.optimizers.Optimizer,
-    compression: None = None,
+    compression: GradientCompressor | None = None,
     op: ReduceOp = Average,
     backward_passes_per_step: int = 1,
 ) -> keras.optimizers.Optimizer:
@@ -40,7 +41,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
 
     Args:
         optimizer: any Keras optimizer, a `LossScaleOptimizer` too.
-        compression: None; gradients are sent as they are.
+        compression: None to send gradients as they are, or a `GradientCompressor`, one object for
+            one optimizer.
         op: Average, or Sum (then the learning rate has to be N times smaller).
         backward_passes_per_step: batches whose gradients are averaged on each worker before the
             workers exchange them, as Keras's `gradient_accumulation_steps`.
@@ -59,9 +61,10 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     2
     """
     check_type("optimizer", optimizer, keras.optimizers.Optimizer)
-    if compression is not None:
+    if compression is not None and not isinstance(compression, GradientCompressor):
         raise ValueError(
-            f"compression must be None (gradients are sent whole), but got {compression!r}."
+            "compression must be None (gradients are sent whole) or a GradientCompressor, but got "
+            f"{compression!r}."
         )
     op = check_op(op)
     if op not in (Average, Sum):
@@ -79,7 +82,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         )
     if hasattr(inner, _HOOK):
         raise ValueError(f"The optimizer {inner.name!r} is distributed already. Wrap it once.")
-    reducer = _Reducer(inner, op)
+    reducer = _Reducer(inner, op, compression)
     setattr(inner, _HOOK, reducer)
     if inner is not optimizer:
         reducer.agree_on_overflow(optimizer)
@@ -113,12 +116,19 @@ class _Reducer:
     shadowed on this one optimizer, so that neither its class nor Keras is touched.
     """
 
-    def __init__(self, optimizer: keras.optimizers.Optimizer, op: ReduceOp) -> None:
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        op: ReduceOp,
+        compression: GradientCompressor | None,
+    ) -> None:
         self._optimizer = optimizer
-        self._op = op
+        self._applied: list[Any] = []
         # Wrapped in the same order on every rank, so that the names of the operations agree.
         self._name = f"tfaccel_optimizer{next(_numbers)}"
         self._check = WeightsCheck(f"{self._name}.check")
+        self._exchange = GradientExchange(self._name, op, compression)
+        keras_private.watch_applied_variables(optimizer, self._applied)
         self._clip = keras_private.replace_clip_gradients(optimizer, self.reduce_and_clip)
         self._build = optimizer.build
         optimizer.build = self.build
@@ -131,8 +141,9 @@ class _Reducer:
                 "model.compile(..., jit_compile=False), or leave jit_compile='auto' and give fit() "
                 "the BroadcastGlobalVariablesCallback, which turns XLA off."
             )
+        reduced = self._exchange.run(grads, self._applied)
         self._check.run(keras_private.trained_variables(self._optimizer))
-        return self._clip(reduce_tensors(grads, self._op, self._name))
+        return self._clip(reduced)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Stands in for the optimizer's `build`, in order to meet a LossScaleOptimizer around it.

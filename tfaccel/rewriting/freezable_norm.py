@@ -51,27 +51,85 @@ class FreezableBatchNormalization(layers.BatchNormalization):
         if not (training and self.trainable):
             return super().call(inputs, training=False, mask=mask)
         values = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
-        axes = [a for a in range(len(inputs.shape)) if a != self.axis % len(inputs.shape)]
-        if mask is None:
-            moments = ops.moments(values, axes, synchronized=self.synchronized)
+        if self._has_operator(values, mask):
+            outputs, now = self._normalize_fused(values)
         else:
-            moments = _masked_moments(values, mask, axes)
-        still = ops.convert_to_tensor(self.frozen) > 0
-        share = ops.where(still, 0.0, 1.0 - self.momentum)
-        used = []
-        for variable, now in zip((self.moving_mean, self.moving_variance), moments, strict=True):
+            outputs, now = self._normalize(values, mask)
+        for variable, value in zip((self.moving_mean, self.moving_variance), now, strict=True):
             before = ops.convert_to_tensor(variable)
-            used.append(ops.where(still, before, now))
-            variable.assign(before + share * (now - before))
-        outputs = ops.batch_normalization(
-            values,
-            *used,
-            axis=self.axis,
-            offset=ops.cast(self.beta, values.dtype) if self.center else None,
-            scale=ops.cast(self.gamma, values.dtype) if self.scale else None,
-            epsilon=self.epsilon,
-        )
+            # Frozen, what is seen now is what was there before.
+            variable.assign(before + (1.0 - self.momentum) * (value - before))
         return ops.cast(outputs, self.compute_dtype)
+
+    def _has_operator(self, values: Any, mask: Any) -> bool:
+        """Whether TensorFlow normalizes such values in one operator."""
+        rank = len(values.shape)
+        return (
+            keras.backend.backend() == "tensorflow"
+            and keras.backend.standardize_dtype(values.dtype) == "float32"
+            and rank == 4
+            and self.axis % rank == 3
+            and mask is None
+            and not self.synchronized
+        )
+
+    def _factors(self, values: Any) -> tuple[Any, Any]:
+        return (
+            ops.cast(self.gamma, values.dtype) if self.scale else None,
+            ops.cast(self.beta, values.dtype) if self.center else None,
+        )
+
+    def _normalize(self, values: Any, mask: Any) -> tuple[Any, tuple[Any, Any]]:
+        """Returns the normalized values, and the mean and variance that were used."""
+        axes = [a for a in range(len(values.shape)) if a != self.axis % len(values.shape)]
+        if mask is None:
+            seen = ops.moments(values, axes, synchronized=self.synchronized)
+        else:
+            seen = _masked_moments(values, mask, axes)
+        still = ops.convert_to_tensor(self.frozen) > 0
+        mean, variance = (
+            ops.where(still, ops.convert_to_tensor(variable), moment)
+            for variable, moment in zip((self.moving_mean, self.moving_variance), seen, strict=True)
+        )
+        gamma, beta = self._factors(values)
+        outputs = ops.batch_normalization(
+            values, mean, variance, self.axis, beta, gamma, self.epsilon
+        )
+        return outputs, (mean, variance)
+
+    def _normalize_fused(self, values: Any) -> tuple[Any, tuple[Any, Any]]:
+        """Returns the same by TensorFlow's operator for images, which is several times as fast."""
+        import tensorflow as tf
+
+        gamma, beta = self._factors(values)
+        channels = values.shape[-1]
+        gamma = tf.ones([channels]) if gamma is None else gamma
+        beta = tf.zeros([channels]) if beta is None else beta
+        moving = [tf.convert_to_tensor(v) for v in (self.moving_mean, self.moving_variance)]
+
+        def by_batch() -> tuple[Any, Any, Any]:
+            outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+                x=values, scale=gamma, offset=beta, mean=[], variance=[], epsilon=self.epsilon
+            )
+            # The operator gives the variance of a sample, of n - 1; Keras keeps that of all n.
+            count = tf.cast(tf.size(values) // channels, variance.dtype)
+            return outputs, mean, variance * ((count - 1) / count)
+
+        def by_moving() -> tuple[Any, Any, Any]:
+            outputs, *_ = tf.raw_ops.FusedBatchNormV3(
+                x=values,
+                scale=gamma,
+                offset=beta,
+                mean=moving[0],
+                variance=moving[1],
+                epsilon=self.epsilon,
+                is_training=False,
+            )
+            return outputs, moving[0], moving[1]
+
+        still = tf.convert_to_tensor(self.frozen) > 0
+        outputs, mean, variance = tf.cond(still, by_moving, by_batch)
+        return outputs, (mean, variance)
 
     def strip_layer(self) -> layers.BatchNormalization:
         """Returns the plain layer."""
