@@ -95,6 +95,11 @@ class Graph:
         """The tensors that leave the model, flat."""
         return tuple(keras.tree.flatten(self._output_tree))
 
+    @property
+    def output_tree(self) -> Any:
+        """What the model gives, a tree with a `Tensor` at each leaf."""
+        return self._output_tree
+
     def layers(self) -> list[keras.layers.Layer]:
         """Returns the layers that are called, each once, nested models included, inputs not."""
         unique = {id(n.operation): n.operation for n in self.nodes if n.layer and not n.is_input}

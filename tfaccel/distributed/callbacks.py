@@ -8,6 +8,8 @@ import numpy as np
 
 from tfaccel.core.checks import check_type
 from tfaccel.distributed import runtime
+from tfaccel.distributed.collectives import allreduce
+from tfaccel.distributed.objects import broadcast_variables
 
 _log = logging.getLogger("tfaccel.distributed")
 
@@ -79,7 +81,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             if not optimizer.built:
                 optimizer.build(self.model.trainable_variables)
             variables += optimizer.variables
-        runtime.broadcast_variables(variables, self.root_rank)
+        broadcast_variables(variables, self.root_rank)
         self.broadcast_done = True
 
 
@@ -97,7 +99,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
         names = sorted(name for name, value in logs.items() if np.ndim(value) == 0)
         runtime.require_agreement("the metrics of an epoch", names)
         own = np.array([float(logs[name]) for name in names], np.float64)
-        means = keras.ops.convert_to_numpy(runtime.allreduce(own, name="tfaccel_metrics"))
+        means = keras.ops.convert_to_numpy(allreduce(own, name="tfaccel_metrics"))
         logs.update(zip(names, means.tolist(), strict=True))
 
 

@@ -111,7 +111,7 @@ class GradientExchange:
         return results
 
     def _agree(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-        compression = type(self.compression).__name__ if self.compression is not None else "none"
+        compression = getattr(self.compression, "__name__", type(self.compression).__name__)
         lines = [f"op={self.op.name}, compression={compression}"]
         labels = ["how gradients are exchanged"]
         for gradient, variable in zip(gradients, variables, strict=True):

@@ -114,8 +114,9 @@ class _Probe:
         )
         self.taken: set[int] = set()
 
-    def find(self, layer: FakeQuantize, producer: str, shape: Sequence[int]) -> int | None:
+    def find(self, layer: FakeQuantize, producer: str, ours: Array) -> int | None:
         """Returns which tensor a layer's output is; None if none has its grid and its shape."""
+        shape = ours.shape
         low, high = layer.fixed_range or (0.0, 0.0)
         scale = (high - low) / (2**layer.bits - 1)
         fits = [
@@ -127,13 +128,15 @@ class _Probe:
         ]
         scope = re.compile(rf"/{re.escape(producer)}(_\d+)*/|^{re.escape(producer)}$")
 
-        def strangeness(number: int) -> tuple[bool, bool, bool]:
-            name, info, _ = self.tensors[number]
+        def strangeness(number: int) -> tuple[bool, bool, bool, float]:
+            name, info, values = self.tensors[number]
             foreign = scope.search(name) is None
             other = _sizes(info.shape[1:]) != _sizes(shape[1:])
             # Of two that compute the same the converter keeps one. What a layer transposes at its
-            # end has its name, its grid and its size, in another order.
-            return number in self.taken, other, foreign
+            # end has its name, its grid and its size, in another order. Operations without a layer
+            # have names of the converter's own: then the values themselves must tell.
+            apart = float(np.abs(values.reshape(shape) - ours).mean())
+            return number in self.taken, other, foreign, apart
 
         # Of equal ones the first: what only reshapes it comes later.
         return min(fits, key=strangeness, default=None)
@@ -205,14 +208,15 @@ class _Comparison:
 
     def _compare(self, layer: FakeQuantize, producer: str, ours: Any, *, from_float: bool) -> Any:
         name = layer.name.removesuffix("_quantize")
-        number = self._probe.find(layer, producer or name, ours.shape)
+        array = keras.ops.convert_to_numpy(ours).astype(np.float64)
+        number = self._probe.find(layer, producer or name, array)
         if number is None:
             self.missing.append(name)
             return ours
         self._probe.taken.add(number)
         tensor, info, found = self._probe.tensors[number]
         found = found.reshape(ours.shape)
-        apart = np.abs(keras.ops.convert_to_numpy(ours).astype(np.float64) - found) / info.scale
+        apart = np.abs(array - found) / info.scale
         self.rows.append(
             OperatorAgreement(
                 name=producer or name,
