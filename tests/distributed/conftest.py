@@ -15,7 +15,7 @@ class Job:
     def __init__(self, folder, *scenarios):
         self.folder = folder
         command = [sys.executable, str(WORKER), str(folder), *scenarios]
-        run_workers(command, 2, log=folder / "job.log", timeout=280)
+        run_workers(command, 2, log=folder / "job.log", timeout=560)
         self.ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
     def __getitem__(self, scenario):
@@ -31,5 +31,6 @@ def job(tmp_path_factory):
         *("equality", "backward_passes", "summed", "sparse", "several_steps", "custom_loops"),
         "distillation",
         *("mixed_precision", "overflow_on_one_rank", "half_variables"),
+        *(f"collective.{name}" for name in ("reductions", "exchanges", "process_sets", "joins")),
         *("drift", "late_drift", "compiled_by_xla", "save", "resume"),
     )

@@ -70,8 +70,10 @@ def test_root_rank_has_to_be_one_of_the_ranks(root):
 
 
 def test_unknown_op_is_named():
-    with pytest.raises(ValueError, match="op must be one of Average, Sum, Min, Max, but got 2"):
-        hvd.allreduce(np.zeros(1), op=2)
+    with pytest.raises(
+        ValueError, match="op must be one of Average, Sum, Adasum, Min, Max, Product, but got 9"
+    ):
+        hvd.allreduce(np.zeros(1), op=9)
 
 
 @pytest.mark.usefixtures("launched")
@@ -126,7 +128,7 @@ def test_collectives_of_two(job):
         ("shape", "ValueError", "number 1 of 2 on rank 0 is b:0 (float32 (2,))"),
         ("number", "ValueError", "number 1 of 1 on rank 0 is nothing, and of 2 on rank 1 b:0"),
         ("metrics", "ValueError", "differ in the metrics of an epoch: number 1 of 1 on rank 0 is"),
-        ("root", "ValueError", "one of the 2 ranks of this job, 0 to 1, but got 2"),
+        ("root", "ValueError", "one of the 2 ranks of this job, 0 to 1, but got 9"),
         ("twice", "ValueError", "is distributed already"),
         ("traced", "RuntimeError", "cannot run inside a tf.function"),
     ],

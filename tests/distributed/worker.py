@@ -6,6 +6,7 @@ Rank r writes FOLDER/r.json: {scenario: what its function returned}.
 """
 
 import functools
+import importlib
 import json
 import os
 import sys
@@ -423,15 +424,21 @@ def main():
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy")
     folder = Path(sys.argv[1])
-    hvd.init()
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    hvd.init(process_sets="dynamic")
     results = {}
     for scenario in sys.argv[2:]:
-        name, *arguments = scenario.split(":")
-        if name in ("save", "resume"):
-            arguments = [folder]
+        # "module.function", or a function of this file
+        module, _, name = scenario.rpartition(".")
+        place = vars(
+            importlib.import_module(
+                f"tests.distributed.{module}_scenarios" if module else "__main__"
+            )
+        )
+        arguments = [folder] if name in ("save", "resume") else []
         begin = time.perf_counter()
-        results[scenario] = globals()[name](*arguments)
-        results[scenario + " seconds"] = time.perf_counter() - begin
+        results[name] = place[name](*arguments)
+        results[name + " seconds"] = time.perf_counter() - begin
         (folder / f"{hvd.rank()}.json").write_text(json.dumps(results))
     hvd.shutdown()
 

@@ -21,20 +21,18 @@ from tfaccel.distributed.builds import (
 )
 from tfaccel.distributed.callbacks import BroadcastGlobalVariablesCallback, MetricAverageCallback
 from tfaccel.distributed.collectives import (
-    allgather,
     allreduce,
-    alltoall,
     barrier,
-    broadcast,
-    grouped_allgather,
     grouped_allreduce,
     join,
     reducescatter,
 )
+from tfaccel.distributed.gathering import allgather, alltoall, broadcast, grouped_allgather
 from tfaccel.distributed.half_precision import Compression
 from tfaccel.distributed.jobs import check_horovod, run_workers
 from tfaccel.distributed.objects import allgather_object, broadcast_object, broadcast_variables
 from tfaccel.distributed.optimizer import DistributedOptimizer
+from tfaccel.distributed.pipeline import Pipeline
 from tfaccel.distributed.process_sets import (
     ProcessSet,
     add_process_set,
@@ -70,6 +68,7 @@ __all__ = [
     "Max",
     "MetricAverageCallback",
     "Min",
+    "Pipeline",
     "ProcessSet",
     "Product",
     "ReduceOp",
