@@ -1,5 +1,7 @@
 """What holds for every test: quiet TensorFlow, fixed seeds, reproducible property tests."""
 
+import collections
+import functools
 import importlib.util
 import os
 import sys
@@ -27,8 +29,19 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tfaccel")
 
 
-def pytest_collection_modifyitems(items):
-    """Keeps what shares a costly fixture in one process, and skips Horovod's tests without it."""
+def pytest_addoption(parser):
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="run every case: also what the markers `one_in` and `exhaustive` leave out",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves cases out of a plain run, keeps together what shares a costly fixture."""
+    # What is named is meant.
+    if not (config.getoption("--exhaustive") or any("::" in arg for arg in config.args)):
+        _leave_out(config, items)
     for item in items:
         if item.path.parent.name == "distributed":  # all files look at one job
             item.add_marker(pytest.mark.xdist_group("distributed"))
@@ -44,8 +57,44 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+def _leave_out(config, items):
+    """Keeps the first of every n cases of a test marked `one_in(n)`, none marked `exhaustive`."""
+    seen = collections.Counter()
+    kept, left = [], []
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        test = (item.path, item.originalname) if mark else None
+        out = item.get_closest_marker("exhaustive") or (mark and seen[test] % mark.args[0])
+        (left if out else kept).append(item)
+        seen[test] += 1
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """The same random numbers for a test, whichever tests ran before it."""
     if keras := sys.modules.get("keras"):
         keras.utils.set_random_seed(0)
+        _trace_steps_once(keras)
+
+
+@functools.cache
+def _trace_steps_once(keras):
+    """Makes an optimizer's variables before its first step, for time's sake.
+
+    TensorFlow traces a function twice that makes variables, and tracing is what most tests wait
+    for. The jobs that tests start do without this.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return
+    make = keras.Model.make_train_function
+
+    @functools.wraps(make)
+    def build_and_make(self, force=False):
+        optimizer = getattr(self, "optimizer", None)
+        if self.built and optimizer is not None and not optimizer.built:
+            optimizer.build(self.trainable_variables)
+        return make(self, force)
+
+    keras.Model.make_train_function = build_and_make

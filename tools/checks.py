@@ -1,6 +1,7 @@
 """Every check of the project, in the environment that runs this: lint, types, floors, tests.
 
-tools/test calls it. With arguments only pytest runs, with these arguments.
+tools/test calls it. With --exhaustive no case of a test is left out, which takes about an hour;
+with other arguments only pytest runs, with these arguments.
 """
 
 import os
@@ -23,16 +24,18 @@ QUIET_CHECKS = {
 }
 # Two processes: more would only share the cores that TensorFlow's threads are on already.
 WHOLE_SUITE = ["--numprocesses=2", "--dist=loadgroup"]
+EXHAUSTIVE = "--exhaustive"  # tests/conftest.py
 JAX_TESTS = "tests/core/test_jax_backend.py"
 
 
 def main() -> int:
     """Runs everything, even after a failure, and says at the end what failed."""
-    if len(sys.argv) > 1:
-        return pytest(sys.argv[1:])
+    given = sys.argv[1:]
+    if given and given != [EXHAUSTIVE]:
+        return pytest(given)
     outcomes = {title: run_quietly(title, command) for title, command in QUIET_CHECKS.items()}
     outcomes["pytest on JAX"] = pytest([JAX_TESTS], KERAS_BACKEND="jax") == 0
-    outcomes["pytest"] = pytest(WHOLE_SUITE) == 0
+    outcomes["pytest"] = pytest([*WHOLE_SUITE, *given]) == 0
     failed = [title for title, passed in outcomes.items() if not passed]
     print(f"\nFailed: {', '.join(failed)}" if failed else "\nAll checks passed.", flush=True)
     return 1 if failed else 0

@@ -34,6 +34,7 @@ def test_the_table_has_every_network():
     assert public - layers - {"BERT", "Reformer"} == set(BUILDERS)  # those are for sequences
 
 
+@pytest.mark.one_in(3)
 @each
 def test_plain_keras_that_survives_save_and_load(name, tmp_path):
     model = small(name)
@@ -44,6 +45,7 @@ def test_plain_keras_that_survives_save_and_load(name, tmp_path):
     assert loaded.name == model.name
 
 
+@pytest.mark.one_in(3)
 @each
 def test_gives_logits_or_what_is_asked_for(name):
     logits = small(name)
@@ -57,6 +59,7 @@ def test_gives_logits_or_what_is_asked_for(name):
     assert not any(isinstance(layer, keras.layers.Dropout) for layer in without.layers)
 
 
+@pytest.mark.one_in(3)
 @each
 def test_takes_odd_shapes_and_other_channels(name):
     build, width, own = NETWORKS[name]
@@ -64,6 +67,7 @@ def test_takes_odd_shapes_and_other_channels(name):
     assert model(images(2, (11, 18, 1))).shape == (2, CLASSES)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_width_scales_about_with_its_square(name):
     build = BUILDERS[name]
@@ -159,13 +163,14 @@ def test_auxiliary_heads_of_googlenet_can_be_dropped():
     assert alone.count_params() == expected.count_params()
 
 
+@pytest.mark.exhaustive
 def test_googlenet_trains_with_its_auxiliary_heads():
     keras.utils.set_random_seed(0)
     model = GoogLeNet((16, 16, 3), 2, 0.125, auxiliary=True, batch_norm=True)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     heads = ("logits", "auxiliary_1", "auxiliary_2")
     model.compile(
-        keras.optimizers.Adam(0.003),
+        keras.optimizers.SGD(0.05),
         dict.fromkeys(heads, loss),
         loss_weights={"logits": 1.0, "auxiliary_1": 0.3, "auxiliary_2": 0.3},
     )

@@ -67,6 +67,7 @@ def problem(steps, *, edges=False):
     return [tf.constant(x, tf.float32) for x in (forget, *rest)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize("opened", [False, True], ids=["known", "open"])
 def test_gradients_equal_those_of_a_loop(jit, opened):

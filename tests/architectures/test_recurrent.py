@@ -191,6 +191,7 @@ def test_zoneout_keeps_states_in_training_only():
     assert not np.array_equal(outputs, again)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "SRU unrolled"])
 def test_an_open_number_of_steps(name):
     layer = built(LAYERS[name](return_sequences=True, return_state=True))
@@ -206,6 +207,7 @@ def test_an_open_number_of_steps(name):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.one_in(5)
 @each
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
 def test_learns_to_remember_the_first_step(make, jit):
@@ -234,6 +236,7 @@ def test_survives_save_and_load(make, tmp_path):
     assert loaded.get_layer("light").get_config() == layer.get_config()
 
 
+@pytest.mark.one_in(2)
 @each
 def test_half_precision(make):
     layer = built(make(return_sequences=True))
@@ -260,6 +263,7 @@ def test_shapes_and_macs(make):
     assert count(model).macs == STEPS * int(np.prod(layer.kernel.shape))
 
 
+@pytest.mark.one_in(2)
 @each
 def test_tflite(make, tmp_path):
     inputs = keras.Input((8, FEATURES))

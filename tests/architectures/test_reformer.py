@@ -47,6 +47,7 @@ def test_positions_are_those_of_a_grid(length):
     assert len({tuple(row) for row in y}) == length
 
 
+@pytest.mark.exhaustive
 def test_learns_to_copy():
     """The paper's own task, section 5: 0w0w, second half to be told from the first."""
     random = np.random.default_rng(0)
@@ -91,6 +92,7 @@ def test_survives_save_and_load(options, tmp_path):
     assert model.output_shape == ((None, 4) if options else (None, 20, 11))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_float_file(policy, tmp_path):
     keras.config.set_dtype_policy(policy)

@@ -17,6 +17,13 @@ every_rewrite = pytest.mark.parametrize("name", REWRITES)
 every_kind = pytest.mark.parametrize(
     "name", [name for name, rewrite in REWRITES.items() if rewrite.like is None]
 )
+every_new_kind = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] if rewrite.like else [])
+        for name, rewrite in REWRITES.items()
+    ],
+)
 every_model = pytest.mark.parametrize("make_model", MODELS.values(), ids=MODELS)
 
 
@@ -99,7 +106,7 @@ def test_names_and_weights_are_carried_over(name, make_model):
         assert difference <= rewrite.keeps_outputs
 
 
-@every_rewrite
+@every_new_kind
 def test_survives_save_and_load_to_the_last_bit(name, tmp_path):
     model, _ = trained(name, "nested")
     model.save(tmp_path / "model.keras")
@@ -110,6 +117,7 @@ def test_survives_save_and_load_to_the_last_bit(name, tmp_path):
     assert [json.dumps(x.get_config()) for x in again] == [json.dumps(x.get_config()) for x in ours]
 
 
+@pytest.mark.one_in(2)
 @every_kind
 def test_training_goes_on_after_load_as_if_not_stopped(name, tmp_path):
     rewrite = REWRITES[name]
@@ -125,8 +133,14 @@ def test_training_goes_on_after_load_as_if_not_stopped(name, tmp_path):
     assert first + second == losses[:2]
 
 
-@every_model
-@every_rewrite
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        pytest.param(make, id=name, marks=[pytest.mark.exhaustive] if name == "sequential" else [])
+        for name, make in MODELS.items()
+    ],
+)
+@every_new_kind
 def test_strips_to_plain_keras(name, make_model):
     model, _ = trained(name, make_model.__name__)
     plain = tfaccel.strip(model)
@@ -147,13 +161,14 @@ def test_gives_the_layers_it_says(name, make_model):
         assert found <= kinds(REWRITES[like].apply(make_model()))
 
 
-@every_rewrite
+@every_new_kind
 def test_trains(name):
     _, losses = trained(name)
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.one_in(2)
 @every_kind
 def test_trains_compiled_by_xla(name):
     model = REWRITES[name].apply(MODELS["convolutional"]())
@@ -162,6 +177,7 @@ def test_trains_compiled_by_xla(name):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.one_in(3)
 @every_kind
 def test_steps_per_execution_changes_nothing(name):
     one, _ = trained(name)
@@ -170,6 +186,7 @@ def test_steps_per_execution_changes_nothing(name):
     np.testing.assert_allclose(outputs_of(four), outputs_of(one), atol=1e-4)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 @every_kind
 def test_trains_in_mixed_precision(name, policy):
@@ -183,7 +200,7 @@ def test_trains_in_mixed_precision(name, policy):
     assert losses[-1] < losses[0]
 
 
-@every_rewrite
+@every_new_kind
 def test_exports(name, tmp_path):
     model, _ = trained(name)
     x, _ = make_data(64, seed=9)

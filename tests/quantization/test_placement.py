@@ -185,6 +185,7 @@ WRITTEN_OUT = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("body", OPERATORS.values(), ids=OPERATORS)
 def test_operator_is_all_integers_and_within_one_step(body, tmp_path):
     model, aware = aware_network(body)
@@ -201,6 +202,7 @@ def _check_audit(artifact):
     assert artifact.audit.max_steps <= 1.001
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("body", WRITTEN_OUT.values(), ids=WRITTEN_OUT)
 def test_layer_of_many_operators_is_all_integers_and_each_within_one_step(body, tmp_path):
     model, aware = aware_network(body)
@@ -213,6 +215,7 @@ def test_layer_of_many_operators_is_all_integers_and_each_within_one_step(body, 
     assert (apart > 1.001).mean() <= 1e-2
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("body", COMPOSED.values(), ids=COMPOSED)
 def test_composition_is_all_integers_and_close(body, tmp_path):
     model, aware = aware_network(body)

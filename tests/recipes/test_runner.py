@@ -191,7 +191,6 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert (tmp_path / "report.html").exists()
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path):
     """SIGKILL while the second stage trains: nothing half-written, and the first is kept."""
     content = copy.deepcopy({**tiny.CONTENT, "stages": tiny.QUICK})

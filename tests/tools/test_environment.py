@@ -196,3 +196,46 @@ def test_arguments_run_pytest_alone(monkeypatch):
     monkeypatch.setattr(checks, "run_quietly", None)
     monkeypatch.setattr(checks, "pytest", lambda arguments, **env: arguments)
     assert checks.main() == ["tests/core", "-k", "sparsity"]
+
+
+def test_an_exhaustive_run_is_a_run_of_every_check(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(checks.sys, "argv", ["checks.py", "--exhaustive"])
+    monkeypatch.setattr(checks, "run_quietly", lambda title, command: True)
+    monkeypatch.setattr(checks, "pytest", lambda arguments, **env: asked.append(arguments) or 0)
+    assert checks.main() == 0
+    assert asked == [[checks.JAX_TESTS], [*checks.WHOLE_SUITE, "--exhaustive"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ran"),
+    [
+        ([], ["test_some[0]", "test_some[3]", "test_all[0]", "test_all[1]"]),
+        (
+            ["--exhaustive"],
+            [*(f"test_some[{n}]" for n in range(5)), "test_all[0]", "test_all[1]", "test_long"],
+        ),
+        (["test_few.py::test_some[1]", "test_few.py::test_long"], ["test_some[1]", "test_long"]),
+    ],
+)
+def test_a_plain_run_takes_some_cases_and_what_is_named_runs(arguments, ran, tmp_path):
+    (tmp_path / "conftest.py").write_text((checks.ROOT / "tests/conftest.py").read_text())
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nmarkers =\n  exhaustive\n  one_in(n)\n  xdist_group\n"
+    )
+    (tmp_path / "test_few.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.one_in(3)\n"
+        "@pytest.mark.parametrize('n', range(5))\n"
+        "def test_some(n): pass\n"
+        "@pytest.mark.parametrize('n', range(2))\n"
+        "def test_all(n): pass\n"
+        "@pytest.mark.exhaustive\n"
+        "def test_long(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    found = [line.split("::")[1] for line in done.stdout.splitlines() if "::" in line]
+    assert found == ran
