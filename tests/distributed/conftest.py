@@ -32,5 +32,7 @@ def job(tmp_path_factory):
         "distillation",
         *("mixed_precision", "overflow_on_one_rank", "half_variables"),
         *(f"collective.{name}" for name in ("reductions", "exchanges", "process_sets", "joins")),
+        *(f"optimizer.{name}" for name in ("every_optimizer", "options", "tapes")),
+        *(f"optimizer.{name}" for name in ("unlike_models", "jit_auto")),
         *("drift", "late_drift", "compiled_by_xla", "save", "resume"),
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import tfaccel.distributed as hvd
+from tests.distributed.optimizer_scenarios import optimizer_names
 from tests.distributed.worker import OPTIMIZERS
 
 # A process in which neither of ours can be imported.
@@ -57,7 +58,14 @@ def built():
     ("make", "options", "kind", "message"),
     [
         (lambda: "adam", {}, TypeError, "optimizer must be Optimizer, but got 'adam'"),
-        (keras.optimizers.SGD, {"compression": "fp16"}, ValueError, "compression must be None"),
+        (keras.optimizers.SGD, {"compression": "fp16"}, ValueError, "compression must be one of"),
+        (keras.optimizers.SGD, {"groups": 0}, ValueError, "a number from 1 or lists"),
+        (
+            keras.optimizers.SGD,
+            {"gradient_predivide_factor": 2.0, "op": hvd.Sum},
+            ValueError,
+            "divides an average, but op is Sum",
+        ),
         (keras.optimizers.SGD, {"op": hvd.Max}, ValueError, "Average or Sum for gradients"),
         (keras.optimizers.SGD, {"op": "mean"}, ValueError, "but got 'mean'"),
         (keras.optimizers.SGD, {"backward_passes_per_step": 0}, ValueError, "from 1, but got 0"),
@@ -81,6 +89,67 @@ def test_two_workers_equal_one_with_the_double_batch(job, name):
     for found in job["equality"]:
         assert found[name]["error"] <= 1e-6
         assert found[name]["moved"] > 1e-3
+
+
+@pytest.mark.horovod
+@pytest.mark.parametrize("name", [*optimizer_names(), "MultiOptimizer", "LossScaleOptimizer"])
+def test_every_optimizer_of_keras_trains_as_in_one_process(job, name):
+    for found in job["every_optimizer"]:
+        assert found[name]["error"] <= 1e-6
+        assert found[name]["moved"] > 1e-3
+
+
+@pytest.mark.horovod
+def test_horovods_arguments_do_what_they_say(job):
+    for found in job["options"]:
+        for name in ("predivided", "groups", "num_groups", "name", "summed passes"):
+            assert found[name] <= 1e-6, name
+        # Rounded to 11 and 8 bits; what comes of it stays small, and is there.
+        assert 1e-7 < found["fp16"] < 1e-3
+        assert found["fp16"] < found["bf16"] < 1e-2
+        # Another rule: more than the mean of two gradients, less than their sum.
+        assert found["adasum"] > 1e-3
+        # Of a set that this rank is no member of: trained on half of the data.
+        assert found["alone"] > 1e-3
+
+
+@pytest.mark.horovod
+def test_gradient_tapes_combine_gradients(job):
+    for found in job["tapes"]:
+        assert found["error"] <= 1e-6
+        assert found["kinds"] == ["IndexedSlices", "None"]
+        # Rows 0 and 3 of rank 0, 1 and 3 of rank 1: their mean.
+        assert found["sparse"] == found["dense"] == [[1, 1], [1, 1], [0, 0], [2, 2]]
+        assert found["persistent"] == [1.5, 1.5]
+
+
+@pytest.mark.horovod
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("narrower", "number 1 of 5 on rank 0 is sequential"),
+        ("narrower", "hidden/kernel (float32 (6, 8) of float32 (6, 8)), and of 5 on rank 1"),
+        (
+            "other_type",
+            "is scale (float32 (1,) of float32 (1,)), and of 2 on rank 1 scale (float64",
+        ),
+        (
+            "other_kind",
+            "table (float32 (2, 1) of float32 (2, 1)), and of 2 on rank 1 table (sparse",
+        ),
+        ("other_op", "how gradients are exchanged (op=Average, compression=none)"),
+    ],
+)
+def test_unlike_gradients_are_named_before_the_first_exchange(job, case, words):
+    for found in job["unlike_models"]:
+        assert "The ranks differ in the gradients to exchange: number" in found[case][1]
+        assert words in found[case][1]
+
+
+@pytest.mark.horovod
+def test_jit_auto_just_works(job):
+    first, second = job["jit_auto"]
+    assert first == second > 1e-3
 
 
 @pytest.mark.horovod

@@ -58,12 +58,14 @@ from tfaccel.distributed.runtime import (
     size,
 )
 from tfaccel.distributed.sharding import shard
+from tfaccel.distributed.tape import DistributedGradientTape
 
 __all__ = [
     "Adasum",
     "Average",
     "BroadcastGlobalVariablesCallback",
     "Compression",
+    "DistributedGradientTape",
     "DistributedOptimizer",
     "Max",
     "MetricAverageCallback",

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from tfaccel.distributed.process_sets import native_process_set
 from tfaccel.distributed.runtime import horovod
 
 # Weights are compared before these updates (counted from 0). The first finds ranks that began with
@@ -20,46 +21,63 @@ class WeightsCheck:
 
     Args:
         name: of the operations, the same on all ranks and no other operation's.
+        process_set: the ranks that take part; None for all.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, process_set: Any = None) -> None:
         import tensorflow as tf
 
         self._name = name
-        self._updates = tf.Variable(0, dtype=tf.int64, trainable=False, name="updates")
+        self._process_set = process_set
+        self._updates: Any = None
+        self._counted = -1
+        # A `tf.function` that is being traced may make variables on its first call only.
+        if tf.executing_eagerly():
+            self._updates = tf.Variable(0, dtype=tf.int64, trainable=False, name="updates")
 
     def run(self, variables: Sequence[Any]) -> None:
         """Counts an update that is about to happen and compares the weights if it is time.
 
         Args:
-            variables: Keras variables that ought to be the same on all ranks.
+            variables: Keras or TensorFlow variables that ought to be the same on all ranks.
 
         Raises:
             tf.errors.OpError: on all ranks, if the weights differ; it names the variable. In a
-            graph
-                it is raised when the step runs.
+                graph it is raised when the step runs.
         """
         import tensorflow as tf
 
-        update = self._updates.assign_add(1) - 1
+        if self._updates is not None:
+            update = self._updates.assign_add(1) - 1
+        else:
+            update = tf.ensure_shape(tf.numpy_function(self._count, [], tf.int64), [])
         due = tf.reduce_any(update == tf.constant(CHECKED_UPDATES, tf.int64))
         tf.cond(due, lambda: self._compare(variables, update), lambda: tf.constant(False))
+
+    def _count(self) -> Any:
+        self._counted += 1
+        return np.int64(self._counted)
 
     def _compare(self, variables: Sequence[Any], update: Any) -> Any:
         import tensorflow as tf
 
-        hvd = horovod()
+        hvd, group = horovod(), native_process_set(self._process_set)
+        first = 0 if self._process_set is None else self._process_set.ranks[0]
         differs = tf.stack(
             [
-                self._differs(variable.value, f"{self._name}{index}")
+                self._differs(variable, f"{self._name}{index}", first, group)
                 for index, variable in enumerate(variables)
             ]
         )
         # Every rank learns of it, so that all of them end.
         anywhere = hvd.allreduce(
-            tf.cast(differs, tf.int32), op=hvd.Max, name=self._name, ignore_name_scope=True
+            tf.cast(differs, tf.int32),
+            op=hvd.Max,
+            name=self._name,
+            ignore_name_scope=True,
+            process_set=group,
         )
-        paths = [variable.path for variable in variables]
+        paths = [str(getattr(v, "path", None) or v.name) for v in variables]
 
         def report(flags: Any, update: Any) -> Any:
             _raise_if_any(flags, int(update), paths)
@@ -67,15 +85,19 @@ class WeightsCheck:
 
         return tf.numpy_function(report, [anywhere, update], tf.bool)
 
-    def _differs(self, value: Any, name: str) -> Any:
-        """Whether a variable differs from rank 0's by more than rounding; [] bool."""
+    def _differs(self, variable: Any, name: str, root: int, group: Any) -> Any:
+        """Whether a variable differs from the first rank's by more than rounding; [] bool."""
         import tensorflow as tf
 
-        value = tf.convert_to_tensor(value)
+        value = tf.convert_to_tensor(variable)
+        if not value.dtype.is_floating:
+            return tf.constant(False)
         units = _ROUNDING_UNITS * _EPSILONS[value.dtype.name]
         if value.dtype in (tf.float16, tf.bfloat16):
             value = tf.cast(value, tf.float32)
-        first = horovod().broadcast(value, 0, name=name, ignore_name_scope=True)
+        first = horovod().broadcast(
+            value, root, name=name, ignore_name_scope=True, process_set=group
+        )
         same = (value == first) | (tf.math.is_nan(value) & tf.math.is_nan(first))
         distance = tf.where(same, tf.zeros_like(value), tf.abs(value - first))
         # Written so that an infinite or undefined distance counts as a difference.

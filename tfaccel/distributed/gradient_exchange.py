@@ -1,12 +1,15 @@
 """The one place where gradients travel between ranks: plain, or by way of a compressor."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import keras
 
+from tfaccel.distributed import process_sets
+from tfaccel.distributed.half_precision import sent_in_16_bits
 from tfaccel.distributed.reduction import reduce_tensors
-from tfaccel.distributed.runtime import Average, ReduceOp, require_agreement
+from tfaccel.distributed.runtime import Adasum, Average, ReduceOp, Sum, check_op, require_agreement
 
 
 @runtime_checkable
@@ -22,7 +25,7 @@ class GradientCompressor(Protocol):
         Called once, outside of any `tf.function`, before the first exchange.
 
         Args:
-            variables: all that the optimizer trains, in its order.
+            variables: all that gradients are exchanged for, in the optimizer's order.
             name: that every operation's name begins with.
         """
 
@@ -41,36 +44,84 @@ class GradientCompressor(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class ExchangeOptions:
+    """How gradients are combined, as Horovod's arguments say it.
+
+    Args:
+        op: Average, Sum or Adasum.
+        compression: a `GradientCompressor`, one of `Compression`, or None to send them as they are.
+        sparse_as_dense: makes `tf.IndexedSlices` dense first, instead of gathering their rows.
+        gradient_predivide_factor: with Average, how much of the division by the number of ranks
+            comes before the sum.
+        groups: into how many operations gradients are put, or lists of the variables of each; None
+            for one per data type.
+        process_set: the ranks that take part; None for all.
+        device: for the operations, as TensorFlow names it; "" for its own choice.
+
+    Raises:
+        ValueError: an argument is out of range, or two do not go together.
+    """
+
+    op: ReduceOp = Average
+    compression: Any = None
+    sparse_as_dense: bool = False
+    gradient_predivide_factor: float = 1.0
+    groups: Any = None
+    process_set: Any = None
+    device: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "op", check_op(self.op))
+        if self.op not in (Average, Sum, Adasum):
+            raise ValueError(
+                f"op must be Average or Sum for gradients, or Adasum, but got {self.op.name}."
+            )
+        if self.gradient_predivide_factor != 1.0 and self.op != Average:
+            raise ValueError(
+                f"gradient_predivide_factor={self.gradient_predivide_factor} divides an average, "
+                f"but op is {self.op.name}."
+            )
+        whole = isinstance(self.groups, int) and not isinstance(self.groups, bool)
+        if not (
+            self.groups is None
+            or isinstance(self.groups, list | tuple)
+            or (whole and self.groups >= 1)
+        ):
+            raise ValueError(
+                f"groups must be a number from 1 or lists of variables, but got {self.groups!r}."
+            )
+        if self.compressor is None:
+            sent_in_16_bits(self.compression)
+
+    @property
+    def compressor(self) -> GradientCompressor | None:
+        """What stands in for the plain exchange, if anything does."""
+        return self.compression if isinstance(self.compression, GradientCompressor) else None
+
+
 class GradientExchange:
     """Combines the gradients of one optimizer, or of one tape, over all ranks.
 
     Args:
         name: of the operations, the same on all ranks and no other exchange's.
-        op: how gradients are combined.
-        compression: a `GradientCompressor`, or None to send them as they are.
-        sparse_as_dense: makes `tf.IndexedSlices` dense first, instead of gathering their rows.
+        options: how they are combined.
     """
 
-    def __init__(
-        self,
-        name: str,
-        op: ReduceOp = Average,
-        compression: GradientCompressor | None = None,
-        *,
-        sparse_as_dense: bool = False,
-    ) -> None:
+    def __init__(self, name: str, options: ExchangeOptions) -> None:
         self.name = name
-        self.op = op
-        self.compression = compression
-        self._sparse_as_dense = sparse_as_dense
+        self.options = options
         self._agreed = False
 
-    def run(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    def run(
+        self, gradients: Sequence[Any], variables: Sequence[Any], name: str | None = None
+    ) -> list[Any]:
         """Combines gradients, inside the training step.
 
         Args:
             gradients: tensors, `tf.IndexedSlices` or None, of this rank.
             variables: those they belong to.
+            name: of the operations, if it is not the exchange's.
 
         Returns:
             As many gradients, the same on all ranks but for the number of slices.
@@ -81,8 +132,9 @@ class GradientExchange:
         """
         import tensorflow as tf
 
+        options = self.options
         gradients = list(gradients)
-        if self._sparse_as_dense:
+        if options.sparse_as_dense:
             gradients = [
                 tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients
             ]
@@ -91,33 +143,79 @@ class GradientExchange:
             # before the first operation of theirs waits for one that never comes.
             with tf.init_scope():
                 self._agree(gradients, variables)
-                if self.compression is not None:
-                    self.compression.build(list(variables), self.name)
+                if options.compressor is not None:
+                    options.compressor.build(list(variables), self.name)
             self._agreed = True
-        if self.compression is None:
-            return reduce_tensors(gradients, self.op, self.name)
-        dense = [
-            i
-            for i, gradient in enumerate(gradients)
-            if gradient is not None and not isinstance(gradient, tf.IndexedSlices)
-        ]
-        rest: list[Any] = [None if i in set(dense) else g for i, g in enumerate(gradients)]
-        results = reduce_tensors(rest, self.op, self.name)
-        reduced = self.compression.exchange(
-            [gradients[i] for i in dense], [variables[i] for i in dense], self.op
-        )
-        for index, result in zip(dense, reduced, strict=True):
-            results[index] = result
+        with tf.device(options.device or None):
+            return self._combine(gradients, variables, name or self.name)
+
+    def _combine(self, gradients: list[Any], variables: Sequence[Any], name: str) -> list[Any]:
+        import tensorflow as tf
+
+        options = self.options
+        results: list[Any] = [None] * len(gradients)
+        remaining = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        if options.compressor is not None:
+            dense = [i for i in remaining if not isinstance(gradients[i], tf.IndexedSlices)]
+            remaining = [i for i in remaining if i not in set(dense)]
+            reduced = options.compressor.exchange(
+                [gradients[i] for i in dense], [variables[i] for i in dense], options.op
+            )
+            for index, result in zip(dense, reduced, strict=True):
+                results[index] = result
+        # Horovod divides an average by the number of ranks after the sum.
+        factor = options.gradient_predivide_factor
+        for number, group in enumerate(_split(remaining, options.groups, variables)):
+            reduced = reduce_tensors(
+                [gradients[i] for i in group],
+                options.op,
+                f"{name}.{number}" if options.groups is not None else name,
+                prescale_factor=1.0 / factor,
+                postscale_factor=factor,
+                compression=None if options.compressor is not None else options.compression,
+                process_set=options.process_set,
+            )
+            for index, result in zip(group, reduced, strict=True):
+                results[index] = result
         return results
 
     def _agree(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-        compression = getattr(self.compression, "__name__", type(self.compression).__name__)
-        lines = [f"op={self.op.name}, compression={compression}"]
+        options = self.options
+        given = options.compression
+        compression = "none" if given is None else getattr(given, "__name__", type(given).__name__)
+        lines = [f"op={options.op.name}, compression={compression}"]
         labels = ["how gradients are exchanged"]
         for gradient, variable in zip(gradients, variables, strict=True):
             lines.append(f"{_describe(gradient)} of {_describe(variable)}")
-            labels.append(str(getattr(variable, "path", getattr(variable, "name", "variable"))))
-        require_agreement("the gradients to exchange", lines, labels)
+            labels.append(path_of(variable))
+        native = process_sets.native_process_set(options.process_set)
+        require_agreement("the gradients to exchange", lines, labels, native)
+
+
+def path_of(variable: Any) -> str:
+    """Returns the name that an error gives to a Keras or TensorFlow variable, or to a tensor."""
+    return str(getattr(variable, "path", None) or getattr(variable, "name", "tensor"))
+
+
+def _split(indices: list[int], groups: Any, variables: Sequence[Any]) -> list[list[int]]:
+    """Puts the indices of gradients into groups, each of which travels at once."""
+    if not indices:
+        return []
+    if groups is None:
+        return [indices]
+    if isinstance(groups, int):
+        count = min(groups, len(indices))
+        return [
+            indices[len(indices) * i // count : len(indices) * (i + 1) // count]
+            for i in range(count)
+        ]
+    # Variables by identity: their names need not be their own.
+    place = {id(v): number for number, group in enumerate(groups) for v in group}
+    found: dict[Any, list[int]] = {}
+    for index in indices:
+        # One that no list names travels by itself.
+        found.setdefault(place.get(id(variables[index]), f"alone {index}"), []).append(index)
+    return list(found.values())
 
 
 def _describe(value: Any) -> str:

@@ -8,8 +8,6 @@ The bytes are those of a ring, and no sum is rounded more than once.
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import keras
-
 from tfaccel.distributed import process_sets, runtime
 from tfaccel.distributed.runtime import Average, ReduceOp, Sum
 
@@ -37,24 +35,6 @@ class NoneCompressor:
         import tensorflow as tf
 
         return tensor if ctx is None else tf.cast(tensor, ctx)
-
-    @classmethod
-    def build(cls, variables: Sequence[keras.Variable], name: str) -> None:
-        """There is no state to make."""
-
-    @classmethod
-    def exchange(
-        cls,
-        gradients: Sequence[Any],
-        variables: Sequence[keras.Variable],  # noqa: ARG003
-        op: ReduceOp,
-        name: str = "tfaccel_gradients",
-        process_set: Any = None,
-    ) -> list[Any]:
-        """Combines the gradients of all ranks; see `GradientCompressor`."""
-        from tfaccel.distributed.reduction import reduce_tensors
-
-        return reduce_tensors(gradients, op, name, compression=cls, process_set=process_set)
 
 
 class FP16Compressor(NoneCompressor):

@@ -10,9 +10,9 @@ from tfaccel.core import keras_private
 from tfaccel.core.checks import check_type
 from tfaccel.distributed import runtime
 from tfaccel.distributed.drift import WeightsCheck
-from tfaccel.distributed.gradient_exchange import GradientCompressor, GradientExchange
-from tfaccel.distributed.reduction import reduce_tensors
-from tfaccel.distributed.runtime import Average, Min, ReduceOp, Sum, check_op
+from tfaccel.distributed.gradient_exchange import ExchangeOptions, GradientExchange
+from tfaccel.distributed.overflow import agree_on_overflow
+from tfaccel.distributed.runtime import Average, ReduceOp
 
 _HOOK = "_tfaccel_reducer"
 _numbers = itertools.count()
@@ -20,9 +20,18 @@ _numbers = itertools.count()
 
 def DistributedOptimizer(  # noqa: N802 - Horovod's name
     optimizer: keras.optimizers.Optimizer,
-    compression: GradientCompressor | None = None,
+    name: str | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",  # noqa: ARG001
+    compression: Any = None,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
     op: ReduceOp = Average,
     backward_passes_per_step: int = 1,
+    average_aggregated_gradients: bool = True,
+    num_groups: int = 0,
+    groups: Any = None,
+    process_set: Any = None,
 ) -> keras.optimizers.Optimizer:
     """Makes an optimizer average its gradients over all workers, in `fit` and in custom loops.
 
@@ -32,20 +41,33 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     that N workers with batches of B do what one would do with batches of N·B. 16-bit gradients
     travel as float32. With one worker nothing is changed.
 
-    After the first updates the weights of all ranks are compared, and a difference is an error.
-    Start with equal weights: `callbacks.BroadcastGlobalVariablesCallback`, or
-    `broadcast_variables`.
+    At the first update the ranks compare their gradients' shapes and data types, and after the
+    first updates their weights; a difference is an error that names the variable. Start with equal
+    weights: `callbacks.BroadcastGlobalVariablesCallback`, or `broadcast_variables`.
 
     XLA cannot compile the exchange. With `jit_compile="auto"` the broadcast callback turns XLA off;
     `jit_compile=True` on a CPU is an error at the first step.
 
     Args:
-        optimizer: any Keras optimizer, a `LossScaleOptimizer` too.
-        compression: None to send gradients as they are, or a `GradientCompressor`, one object for
-            one optimizer.
-        op: Average, or Sum (then the learning rate has to be N times smaller).
+        optimizer: any Keras optimizer, a `LossScaleOptimizer` or a `MultiOptimizer` too.
+        name: that the operations' names begin with, the same on all ranks.
+        device_dense: of the exchange, as TensorFlow names it; "" for its own choice.
+        device_sparse: accepted for Horovod's sake; sparse gradients go where dense ones do.
+        compression: None to send gradients as they are, one of `Compression`, or a
+            `GradientCompressor`, one object for one optimizer.
+        sparse_as_dense: makes sparse gradients (`tf.IndexedSlices`) dense before they are sent.
+        gradient_predivide_factor: with Average, how much of the division by the number of ranks
+            comes before the sum.
+        op: Average, Sum (then the learning rate has to be N times smaller), or Adasum.
         backward_passes_per_step: batches whose gradients are averaged on each worker before the
             workers exchange them, as Keras's `gradient_accumulation_steps`.
+        average_aggregated_gradients: False sums over those batches instead, as Horovod does unless
+            told otherwise.
+        num_groups: Horovod's old name for a number of `groups`.
+        groups: into how many operations gradients are put, or lists of the variables of each; None
+            for one per data type.
+        process_set: the ranks that take part; None for all. On any other rank the optimizer stays
+            as it is.
 
     Returns:
         `optimizer`.
@@ -61,18 +83,21 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     2
     """
     check_type("optimizer", optimizer, keras.optimizers.Optimizer)
-    if compression is not None and not isinstance(compression, GradientCompressor):
-        raise ValueError(
-            "compression must be None (gradients are sent whole) or a GradientCompressor, but got "
-            f"{compression!r}."
-        )
-    op = check_op(op)
-    if op not in (Average, Sum):
-        raise ValueError(f"op must be Average or Sum for gradients, but got {op.name}.")
+    options = ExchangeOptions(
+        op=op,
+        compression=compression,
+        sparse_as_dense=sparse_as_dense,
+        gradient_predivide_factor=gradient_predivide_factor,
+        groups=groups if num_groups == 0 else num_groups,
+        process_set=process_set,
+        device=device_dense,
+    )
     inner = optimizer
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         inner = optimizer.inner_optimizer
-    _set_accumulation(inner, backward_passes_per_step)
+    for part in _parts(inner):
+        _set_accumulation(part, backward_passes_per_step)
+    number = next(_numbers)  # counted by every rank, so that names agree
     if runtime.workers() == 1:
         return optimizer
     if keras.backend.backend() != "tensorflow":
@@ -82,11 +107,22 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         )
     if hasattr(inner, _HOOK):
         raise ValueError(f"The optimizer {inner.name!r} is distributed already. Wrap it once.")
-    reducer = _Reducer(inner, op, compression)
+    if process_set is not None and not process_set.included():
+        return optimizer
+    reducer = _Reducer(inner, name or f"tfaccel_optimizer{number}", options)
+    reducer.factor = 1 if average_aggregated_gradients else backward_passes_per_step
     setattr(inner, _HOOK, reducer)
     if inner is not optimizer:
-        reducer.agree_on_overflow(optimizer)
+        agree_on_overflow(optimizer, reducer.name, process_set)
     return optimizer
+
+
+def _parts(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
+    """The optimizers that update variables: those inside a `MultiOptimizer`, or the one itself."""
+    several = getattr(keras.optimizers, "MultiOptimizer", None)
+    if several is not None and isinstance(optimizer, several):
+        return list(optimizer.optimizers)
+    return [optimizer]
 
 
 def _set_accumulation(optimizer: keras.optimizers.Optimizer, passes: int) -> None:
@@ -113,37 +149,21 @@ class _Reducer:
     """What one optimizer does besides its own work.
 
     Keras calls `_clip_gradients` exactly once per update, and `build` before the first. Both are
-    shadowed on this one optimizer, so that neither its class nor Keras is touched.
+    shadowed on this one optimizer, so that neither its class nor Keras is touched. Of a
+    `MultiOptimizer` it is the optimizers inside that clip.
     """
 
     def __init__(
-        self,
-        optimizer: keras.optimizers.Optimizer,
-        op: ReduceOp,
-        compression: GradientCompressor | None,
+        self, optimizer: keras.optimizers.Optimizer, name: str, options: ExchangeOptions
     ) -> None:
+        self.name = name
+        self.factor = 1
         self._optimizer = optimizer
-        self._applied: list[Any] = []
-        # Wrapped in the same order on every rank, so that the names of the operations agree.
-        self._name = f"tfaccel_optimizer{next(_numbers)}"
-        self._check = WeightsCheck(f"{self._name}.check")
-        self._exchange = GradientExchange(self._name, op, compression)
-        keras_private.watch_applied_variables(optimizer, self._applied)
-        self._clip = keras_private.replace_clip_gradients(optimizer, self.reduce_and_clip)
+        self._options = options
+        self._reduced: list[keras.optimizers.Optimizer] = []
         self._build = optimizer.build
         optimizer.build = self.build
-
-    def reduce_and_clip(self, grads: Sequence[Any]) -> list[Any]:
-        """Stands in for the optimizer's `_clip_gradients`."""
-        if keras_private.is_compiled_by_xla():
-            raise RuntimeError(
-                "XLA cannot compile the exchange of gradients between workers. Call "
-                "model.compile(..., jit_compile=False), or leave jit_compile='auto' and give fit() "
-                "the BroadcastGlobalVariablesCallback, which turns XLA off."
-            )
-        reduced = self._exchange.run(grads, self._applied)
-        self._check.run(keras_private.trained_variables(self._optimizer))
-        return self._clip(reduced)
+        self._reduce_parts()
 
     def build(self, variables: Sequence[Any]) -> None:
         """Stands in for the optimizer's `build`, in order to meet a LossScaleOptimizer around it.
@@ -153,24 +173,34 @@ class _Reducer:
         """
         outer = keras_private.loss_scale_optimizer_that_builds(self._optimizer)
         if outer is not None:
-            self.agree_on_overflow(outer)
+            agree_on_overflow(outer, self.name, self._options.process_set)
         self._build(variables)
+        # A MultiOptimizer that is given a function meets its optimizers as it is built.
+        self._reduce_parts()
 
-    def agree_on_overflow(self, outer: keras.optimizers.LossScaleOptimizer) -> None:
-        """Makes all ranks skip a step when one of them has a gradient that is not finite.
+    def _reduce_parts(self) -> None:
+        for part in _parts(self._optimizer):
+            if not any(part is other for other in self._reduced):
+                self._reduce(part, f"{self.name}.{len(self._reduced)}")
+                self._reduced.append(part)
 
-        Otherwise that rank alone would skip the exchange, and the others would wait for it for
-        ever.
-        """
-        if hasattr(outer, _HOOK):
-            return
-        own_check = outer.check_finite
+    def _reduce(self, part: keras.optimizers.Optimizer, name: str) -> None:
+        options, applied = self._options, list[Any]()
+        check = WeightsCheck(f"{name}.check", options.process_set)
+        exchange = GradientExchange(name, options)
 
-        def check_finite(grads: Sequence[Any]) -> Any:
-            import tensorflow as tf
+        def reduce_and_clip(grads: Sequence[Any]) -> list[Any]:
+            if keras_private.is_compiled_by_xla():
+                raise RuntimeError(
+                    "XLA cannot compile the exchange of gradients between workers. Call "
+                    "model.compile(..., jit_compile=False), or leave jit_compile='auto' and give "
+                    "fit() the BroadcastGlobalVariablesCallback, which turns XLA off."
+                )
+            reduced = exchange.run(grads, applied)
+            check.run(keras_private.trained_variables(part))
+            if self.factor != 1:
+                reduced = [gradient * self.factor for gradient in reduced]
+            return clip(reduced)
 
-            finite = tf.cast(own_check(grads), tf.float32)
-            return reduce_tensors([finite], Min, f"{self._name}.finite")[0] > 0.5
-
-        outer.check_finite = check_finite
-        setattr(outer, _HOOK, self)
+        keras_private.watch_applied_variables(part, applied)
+        clip = keras_private.replace_clip_gradients(part, reduce_and_clip)
