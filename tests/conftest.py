@@ -38,17 +38,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves cases out of a plain run, keeps together what shares a costly fixture."""
+    """Leaves cases out of a plain run, and skips Horovod's tests without it."""
     # What is named is meant.
     if not (config.getoption("--exhaustive") or any("::" in arg for arg in config.args)):
         _leave_out(config, items)
-    for item in items:
-        if item.path.parent.name == "distributed":  # all files look at one job
-            item.add_marker(pytest.mark.xdist_group("distributed"))
-        elif item.path.parent.name != "contracts":
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-        elif hasattr(item, "callspec"):  # what looks at one trained model
-            item.add_marker(pytest.mark.xdist_group(str(item.callspec.params.get("name"))))
     if importlib.util.find_spec("horovod") is not None:
         return
     skip = pytest.mark.skip(reason="needs Horovod (tools/build_horovod.py --install)")

@@ -22,8 +22,9 @@ QUIET_CHECKS = {
     "mypy": ["mypy"],
     "import-linter": ["lint-imports"],
 }
-# Two processes: more would only share the cores that TensorFlow's threads are on already.
-WHOLE_SUITE = ["--numprocesses=2", "--dist=loadgroup"]
+# Two processes: more would only share the cores that TensorFlow's threads are on already. The tests
+# of a file share costly fixtures. (Groups by marker go unseen: xdist 3.8 with pytest 9.2.)
+WHOLE_SUITE = ["--numprocesses=2", "--dist=loadfile"]
 EXHAUSTIVE = "--exhaustive"  # tests/conftest.py
 JAX_TESTS = "tests/core/test_jax_backend.py"
 

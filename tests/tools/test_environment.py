@@ -220,9 +220,7 @@ def test_an_exhaustive_run_is_a_run_of_every_check(monkeypatch, capsys):
 )
 def test_a_plain_run_takes_some_cases_and_what_is_named_runs(arguments, ran, tmp_path):
     (tmp_path / "conftest.py").write_text((checks.ROOT / "tests/conftest.py").read_text())
-    (tmp_path / "pytest.ini").write_text(
-        "[pytest]\nmarkers =\n  exhaustive\n  one_in(n)\n  xdist_group\n"
-    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  exhaustive\n  one_in(n)\n")
     (tmp_path / "test_few.py").write_text(
         "import pytest\n"
         "@pytest.mark.one_in(3)\n"
