@@ -147,7 +147,7 @@ def test_guide_to_distillation_runs_as_it_stands(tmp_path, monkeypatch):
 def test_guide_to_quantization_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks(DISTILLATION.parent / "quantization.md")
-    assert len(found) == 2
+    assert len(found) == 3
     x, y = make_data(64)
     x_test, y_test = make_data(32, seed=1)
     names = {"keras": keras, "tfaccel": tfaccel, "x": x, "y": y, "model": sequential()}
@@ -155,6 +155,8 @@ def test_guide_to_quantization_runs_as_it_stands(tmp_path, monkeypatch):
     for number, text in enumerate(found):
         code = re.sub(r"\bepochs=", "verbose=0, epochs=", text)
         exec(compile(code, f"quantization.md, block {number}", "exec"), names)  # noqa: S102
+    assert set(names["chosen"].bits.values()) <= {4, 8}
+    assert (tmp_path / "noise.html").exists()
 
 
 def test_commands_exist_with_their_options():
