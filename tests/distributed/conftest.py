@@ -1,4 +1,6 @@
+import fcntl
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,10 +15,18 @@ class Job:
     """What the scenarios of worker.py found on each of two ranks, and the folder they wrote to."""
 
     def __init__(self, folder, *scenarios):
+        """Runs the job, or reads what another process of the tests has found by it."""
         self.folder = folder
-        command = [sys.executable, str(WORKER), str(folder), *scenarios]
-        run_workers(command, 2, log=folder / "job.log", timeout=560)
-        self.ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+        results = [folder / f"{rank}.json" for rank in (0, 1)]
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                folder.mkdir()
+                command = [sys.executable, str(WORKER), str(folder), *scenarios]
+                run_workers(command, 2, log=folder / "job.log", timeout=560)
+        if not all(file.exists() for file in results):
+            pytest.fail(f"The job failed, which is the error of another test. See {folder}.")
+        self.ranks = [json.loads(file.read_text()) for file in results]
 
     def __getitem__(self, scenario):
         return [results[scenario] for results in self.ranks]
@@ -25,8 +35,9 @@ class Job:
 @pytest.fixture(scope="session")
 def job(tmp_path_factory):
     """One job for all tests, because starting TensorFlow three times takes longer than the rest."""
+    own = tmp_path_factory.getbasetemp()
     return Job(
-        tmp_path_factory.mktemp("job"),
+        (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "job",
         *("collectives", "mismatches", "broadcast_callback", "metric_average"),
         *("equality", "backward_passes", "summed", "sparse", "several_steps", "custom_loops"),
         "distillation",
@@ -34,5 +45,7 @@ def job(tmp_path_factory):
         *(f"collective.{name}" for name in ("reductions", "exchanges", "process_sets", "joins")),
         *(f"optimizer.{name}" for name in ("every_optimizer", "options", "tapes")),
         *(f"optimizer.{name}" for name in ("unlike_models", "jit_auto")),
+        *(f"callback.{name}" for name in ("warmup", "agreements", "unequal_data")),
+        "callback.digits_example",
         *("drift", "late_drift", "compiled_by_xla", "save", "resume"),
     )

@@ -7,6 +7,7 @@ Rank r writes FOLDER/r.json: {scenario: what its function returned}.
 
 import functools
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -435,7 +436,7 @@ def main():
                 f"tests.distributed.{module}_scenarios" if module else "__main__"
             )
         )
-        arguments = [folder] if name in ("save", "resume") else []
+        arguments = [folder] if inspect.signature(place[name]).parameters else []
         begin = time.perf_counter()
         results[name] = place[name](*arguments)
         results[name + " seconds"] = time.perf_counter() - begin

@@ -27,18 +27,30 @@ from tfaccel.distributed.collectives import (
     join,
     reducescatter,
 )
+from tfaccel.distributed.compression_state import (
+    CompressionCheckpoint,
+    restore_compression_state,
+    save_compression_state,
+)
+from tfaccel.distributed.compressors import FP16, BFloat16, Compressor, NoCompression
+from tfaccel.distributed.dgc import DGC
+from tfaccel.distributed.error_feedback import ErrorFeedback
 from tfaccel.distributed.gathering import allgather, alltoall, broadcast, grouped_allgather
 from tfaccel.distributed.half_precision import Compression
 from tfaccel.distributed.jobs import check_horovod, run_workers
+from tfaccel.distributed.local_sgd import LocalSGD
 from tfaccel.distributed.objects import allgather_object, broadcast_object, broadcast_variables
 from tfaccel.distributed.optimizer import DistributedOptimizer
 from tfaccel.distributed.pipeline import Pipeline
+from tfaccel.distributed.powersgd import LowRank, PowerSGD
 from tfaccel.distributed.process_sets import (
     ProcessSet,
     add_process_set,
     global_process_set,
     remove_process_set,
 )
+from tfaccel.distributed.quantizers import QSGD, EFSignSGD, Int8, ScaledSign
+from tfaccel.distributed.rank_zero import on_rank_0, run_on_rank_0
 from tfaccel.distributed.runtime import (
     Adasum,
     Average,
@@ -58,23 +70,42 @@ from tfaccel.distributed.runtime import (
     size,
 )
 from tfaccel.distributed.sharding import shard
+from tfaccel.distributed.sparsifiers import RandomK, Threshold, TopK
 from tfaccel.distributed.tape import DistributedGradientTape
+from tfaccel.distributed.worker_data import end_together
 
 __all__ = [
+    "DGC",
+    "FP16",
+    "QSGD",
     "Adasum",
     "Average",
+    "BFloat16",
     "BroadcastGlobalVariablesCallback",
     "Compression",
+    "CompressionCheckpoint",
+    "Compressor",
     "DistributedGradientTape",
     "DistributedOptimizer",
+    "EFSignSGD",
+    "ErrorFeedback",
+    "Int8",
+    "LocalSGD",
+    "LowRank",
     "Max",
     "MetricAverageCallback",
     "Min",
+    "NoCompression",
     "Pipeline",
+    "PowerSGD",
     "ProcessSet",
     "Product",
+    "RandomK",
     "ReduceOp",
+    "ScaledSign",
     "Sum",
+    "Threshold",
+    "TopK",
     "add_process_set",
     "allgather",
     "allgather_object",
@@ -91,6 +122,7 @@ __all__ = [
     "cross_size",
     "cuda_built",
     "ddl_built",
+    "end_together",
     "global_process_set",
     "gloo_built",
     "gloo_enabled",
@@ -106,11 +138,15 @@ __all__ = [
     "mpi_enabled",
     "mpi_threads_supported",
     "nccl_built",
+    "on_rank_0",
     "rank",
     "reducescatter",
     "remove_process_set",
+    "restore_compression_state",
     "rocm_built",
+    "run_on_rank_0",
     "run_workers",
+    "save_compression_state",
     "shard",
     "shutdown",
     "size",

@@ -9,7 +9,30 @@ import numpy as np
 from tfaccel.core.checks import check_type
 from tfaccel.distributed import runtime
 from tfaccel.distributed.collectives import allreduce
+from tfaccel.distributed.learning_rates import (
+    LearningRateScheduleCallback,
+    LearningRateWarmupCallback,
+)
 from tfaccel.distributed.objects import broadcast_variables
+from tfaccel.distributed.rank_zero import on_rank_0
+from tfaccel.distributed.stopping import (
+    EarlyStopping,
+    ModelCheckpoint,
+    ReduceLROnPlateau,
+    StopTogetherCallback,
+)
+
+__all__ = [
+    "BroadcastGlobalVariablesCallback",
+    "EarlyStopping",
+    "LearningRateScheduleCallback",
+    "LearningRateWarmupCallback",
+    "MetricAverageCallback",
+    "ModelCheckpoint",
+    "ReduceLROnPlateau",
+    "StopTogetherCallback",
+    "on_rank_0",
+]
 
 _log = logging.getLogger("tfaccel.distributed")
 
@@ -25,9 +48,10 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
     Args:
         root_rank: the rank whose values they get.
+        device: accepted for Horovod's sake.
     """
 
-    def __init__(self, root_rank: int = 0) -> None:
+    def __init__(self, root_rank: int = 0, device: str = "") -> None:  # noqa: ARG002
         super().__init__()
         check_type("root_rank", root_rank, int)
         if root_rank < 0:
@@ -88,9 +112,14 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 class MetricAverageCallback(keras.callbacks.Callback):
     """Replaces the metrics of each epoch by their mean over all ranks.
 
-    Put it before callbacks that read metrics, such as `ReduceLROnPlateau`, so that all ranks decide
-    alike.
+    Put it before callbacks that read metrics, so that all ranks decide alike.
+
+    Args:
+        device: accepted for Horovod's sake.
     """
+
+    def __init__(self, device: str = "") -> None:  # noqa: ARG002
+        super().__init__()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Averages `logs` in place."""

@@ -189,8 +189,8 @@ def join() -> int:
 
     Meanwhile it takes part in the allreduces of the others, as if its tensors were zeros (so that
     an average is one over all ranks). It cannot take part in anything else: `DistributedOptimizer`
-    compares weights and gathers sparse gradients. For `fit`, shares of equal length
-    (`shard`) or `callbacks.StopTogetherCallback` are the way.
+    compares weights and gathers sparse gradients. For `fit`, shares of equal length (`shard`) or
+    data that ends on all ranks at once (`end_together`) are the way.
 
     Returns:
         The rank that joined last; 0 in a process that is alone.
