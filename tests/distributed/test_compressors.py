@@ -2,10 +2,18 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
+from keras.optimizers import SGD
 
+import tfaccel.distributed as hvd
 from tests.distributed.simulated_ranks import make_gradients, simulate
-from tfaccel.distributed.compressed_exchange import CompressedExchange, bind
-from tfaccel.distributed.compressors import FP16, BFloat16, NoCompression, compressors
+from tests.distributed.worker import make_data, make_model
+from tfaccel.distributed.compressors import (
+    FP16,
+    BFloat16,
+    NoCompression,
+    compressors,
+    resolve_compression,
+)
 from tfaccel.distributed.dgc import DGC
 from tfaccel.distributed.error_feedback import ErrorFeedback
 from tfaccel.distributed.powersgd import LowRank, PowerSGD
@@ -132,8 +140,18 @@ def test_error_feedback_refuses_what_keeps_its_errors():
         (lambda: DGC(clip_norm=0.0), ValueError, "clip_norm must be above 0"),
         (lambda: DGC(0.0, nesterov=True), ValueError, "nesterov=True needs a momentum"),
         (lambda: DGC(dense_bits=16), ValueError, "dense_bits must be one of"),
-        (lambda: bind("zip"), ValueError, "no compressor 'zip'"),
-        (lambda: bind(0.1), ValueError, "compression must be None .* but got 0.1"),
+        (lambda: hvd.DistributedOptimizer(SGD(), compression="zip"), ValueError, "no compressor"),
+        (lambda: hvd.DistributedOptimizer(SGD(), compression=0.1), ValueError, "but got 0.1"),
+        (
+            lambda: hvd.DistributedOptimizer(SGD(momentum=0.5), compression=DGC()),
+            ValueError,
+            r"applied twice: .* has momentum=0.5 and DGC 0.9. Give keras",
+        ),
+        (
+            lambda: hvd.DistributedOptimizer(SGD(), compression=TopK(), op=hvd.Adasum),
+            ValueError,
+            "goes with neither Adasum nor",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(make, kind, message):
@@ -142,11 +160,27 @@ def test_wrong_arguments_are_named(make, kind, message):
 
 
 def test_a_compression_is_given_by_name_by_config_or_whole():
-    assert bind(None) is None
-    assert bind("none") is None
-    assert bind(NoCompression()) is None
+    assert resolve_compression(None) is None
+    assert resolve_compression("none") is None
+    assert resolve_compression(NoCompression()) is None
     for given in ("topk", TopK(), keras.saving.serialize_keras_object(TopK())):
-        exchange = bind(given)
-        assert isinstance(exchange, CompressedExchange)
-        assert exchange.compressor == TopK()
-        assert bind(exchange) is exchange
+        assert resolve_compression(given) == TopK()
+    assert resolve_compression(hvd.Compression.fp16) is hvd.Compression.fp16
+
+
+def test_alone_dgc_is_keras_momentum_and_the_rest_changes_nothing():
+    x, y = make_data(24)
+    weights = []
+    for optimizer in (
+        hvd.DistributedOptimizer(SGD(0.1), compression=DGC(0.9)),
+        SGD(0.1, momentum=0.9),
+    ):
+        model = make_model()
+        model.compile(optimizer, "mse")
+        model.fit(x, y, 8, epochs=2, shuffle=False, verbose=0)
+        weights.append(np.concatenate([w.ravel() for w in model.get_weights()]))
+    np.testing.assert_allclose(*weights, rtol=0, atol=1e-6)
+    plain = SGD(0.1)
+    before = dict(vars(plain))
+    assert hvd.DistributedOptimizer(plain, compression="topk") is plain
+    assert vars(plain) == before

@@ -58,7 +58,7 @@ def built():
     ("make", "options", "kind", "message"),
     [
         (lambda: "adam", {}, TypeError, "optimizer must be Optimizer, but got 'adam'"),
-        (keras.optimizers.SGD, {"compression": "fp16"}, ValueError, "compression must be one of"),
+        (keras.optimizers.SGD, {"compression": 16}, ValueError, "compression must be one of"),
         (keras.optimizers.SGD, {"groups": 0}, ValueError, "a number from 1 or lists"),
         (
             keras.optimizers.SGD,

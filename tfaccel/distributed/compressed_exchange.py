@@ -7,8 +7,7 @@ import keras
 import numpy as np
 
 from tfaccel.distributed import runtime
-from tfaccel.distributed.compressors import Compressor, NoCompression, compressors
-from tfaccel.distributed.gradient_exchange import GradientCompressor
+from tfaccel.distributed.compressors import Channel, Compressor
 from tfaccel.distributed.horovod_channel import HorovodChannel, LocalChannel
 from tfaccel.distributed.runtime import ReduceOp, Sum
 
@@ -22,17 +21,19 @@ class CompressedExchange:
 
     Args:
         compressor: how.
+        process_set: the ranks that take part; None for all.
     """
 
-    def __init__(self, compressor: Compressor) -> None:
+    def __init__(self, compressor: Compressor, process_set: Any = None) -> None:
         self.compressor = compressor
+        self._process_set = process_set
         self._name = "tfaccel_compression"
         self._variables: dict[str, Any] | None = None
         self._restored: dict[str, Array] | None = None
 
     @property
     def needs_dense(self) -> bool:
-        """Whether sparse gradients have to take part, because momentum applies to them too."""
+        """Whether sparse gradients take part too, because momentum and clipping apply to them."""
         return bool(getattr(self.compressor, "acts_alone", False))
 
     def build(self, variables: Sequence[keras.Variable], name: str) -> None:  # noqa: ARG002
@@ -93,7 +94,9 @@ class CompressedExchange:
             with tf.init_scope():
                 self._make_variables([tuple(g.shape) for g in gradients])
         held = self._variables or {}
-        channel = HorovodChannel(self._name) if runtime.workers() > 1 else LocalChannel()
+        channel: Channel = LocalChannel()
+        if runtime.workers() > 1:
+            channel = HorovodChannel(self._name, self._process_set)
         state = _nest({name: variable.read_value() for name, variable in held.items()})
         sent = [tf.cast(g, tf.float32) for g in gradients]
         payload, following = self.compressor.compress(sent, state, channel)
@@ -118,29 +121,6 @@ class CompressedExchange:
         if self._restored is not None:
             self.set_state(self._restored)
             self._restored = None
-
-
-def bind(compression: Any) -> GradientCompressor | None:
-    """Returns what exchanges gradients the way that a user has named.
-
-    Args:
-        compression: None or `NoCompression`; the name of a compressor, its config, or one; or a
-            `GradientCompressor`, which is used as it is.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if compression is None or isinstance(compression, NoCompression):
-        return None
-    if isinstance(compression, GradientCompressor):
-        return compression
-    if isinstance(compression, (str, dict, Compressor)):
-        compressor = compressors.get(compression)
-        return None if isinstance(compressor, NoCompression) else CompressedExchange(compressor)
-    raise ValueError(
-        f"compression must be None (gradients are sent whole), a compressor such as "
-        f"tfaccel.distributed.DGC() or its name, but got {compression!r}."
-    )
 
 
 def _flatten(state: Any, prefix: str = "") -> dict[str, Any]:

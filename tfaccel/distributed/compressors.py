@@ -261,6 +261,17 @@ class BFloat16(_Half):
         return tf.bfloat16
 
 
+def resolve_compression(compression: Any) -> Any:
+    """Returns the compressor that a name or a config stands for; anything else as it is.
+
+    Raises:
+        ValueError: there is no compressor of that name or config.
+    """
+    if isinstance(compression, (str, dict, Compressor)):
+        compression = compressors.get(compression)
+    return None if isinstance(compression, NoCompression) else compression
+
+
 def layout_of(gradients: Sequence[Any]) -> Layout:
     """Returns the layout of tensors, whose shapes are known."""
     return Layout(tuple(tuple(int(d) for d in gradient.shape) for gradient in gradients))

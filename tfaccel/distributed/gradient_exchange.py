@@ -7,9 +7,19 @@ from typing import Any, Protocol, runtime_checkable
 import keras
 
 from tfaccel.distributed import process_sets
+from tfaccel.distributed.compressed_exchange import CompressedExchange
+from tfaccel.distributed.compressors import Compressor, resolve_compression
 from tfaccel.distributed.half_precision import sent_in_16_bits
 from tfaccel.distributed.reduction import reduce_tensors
-from tfaccel.distributed.runtime import Adasum, Average, ReduceOp, Sum, check_op, require_agreement
+from tfaccel.distributed.runtime import (
+    Adasum,
+    Average,
+    ReduceOp,
+    Sum,
+    check_op,
+    require_agreement,
+    workers,
+)
 
 
 @runtime_checkable
@@ -50,7 +60,8 @@ class ExchangeOptions:
 
     Args:
         op: Average, Sum or Adasum.
-        compression: a `GradientCompressor`, one of `Compression`, or None to send them as they are.
+        compression: a compressor, its name or its config; one of `Compression`; a
+            `GradientCompressor`; or None to send them as they are.
         sparse_as_dense: makes `tf.IndexedSlices` dense first, instead of gathering their rows.
         gradient_predivide_factor: with Average, how much of the division by the number of ranks
             comes before the sum.
@@ -73,6 +84,7 @@ class ExchangeOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "op", check_op(self.op))
+        object.__setattr__(self, "compression", resolve_compression(self.compression))
         if self.op not in (Average, Sum, Adasum):
             raise ValueError(
                 f"op must be Average or Sum for gradients, or Adasum, but got {self.op.name}."
@@ -91,12 +103,18 @@ class ExchangeOptions:
             raise ValueError(
                 f"groups must be a number from 1 or lists of variables, but got {self.groups!r}."
             )
-        if self.compressor is None:
+        if not isinstance(self.compression, Compressor | GradientCompressor):
             sent_in_16_bits(self.compression)
+        elif self.op == Adasum or self.gradient_predivide_factor != 1.0:
+            raise ValueError(
+                f"compression={self.compression!r} averages or sums: it goes with neither Adasum "
+                "nor a gradient_predivide_factor."
+            )
 
-    @property
-    def compressor(self) -> GradientCompressor | None:
-        """What stands in for the plain exchange, if anything does."""
+    def make_compressor(self) -> GradientCompressor | None:
+        """Returns what stands in for the plain exchange of one optimizer, if anything does."""
+        if isinstance(self.compression, Compressor):
+            return CompressedExchange(self.compression, self.process_set)
         return self.compression if isinstance(self.compression, GradientCompressor) else None
 
 
@@ -111,6 +129,7 @@ class GradientExchange:
     def __init__(self, name: str, options: ExchangeOptions) -> None:
         self.name = name
         self.options = options
+        self.compressor = options.make_compressor()
         self._agreed = False
 
     def run(
@@ -134,7 +153,7 @@ class GradientExchange:
 
         options = self.options
         gradients = list(gradients)
-        if options.sparse_as_dense:
+        if options.sparse_as_dense or getattr(self.compressor, "needs_dense", False):
             gradients = [
                 tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients
             ]
@@ -142,9 +161,10 @@ class GradientExchange:
             # Outside of the graph that may be being traced: ranks that differ have to learn of it
             # before the first operation of theirs waits for one that never comes.
             with tf.init_scope():
-                self._agree(gradients, variables)
-                if options.compressor is not None:
-                    options.compressor.build(list(variables), self.name)
+                if workers() > 1:
+                    self._agree(gradients, variables)
+                if self.compressor is not None:
+                    self.compressor.build(list(variables), self.name)
             self._agreed = True
         with tf.device(options.device or None):
             return self._combine(gradients, variables, name or self.name)
@@ -155,10 +175,10 @@ class GradientExchange:
         options = self.options
         results: list[Any] = [None] * len(gradients)
         remaining = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        if options.compressor is not None:
+        if self.compressor is not None:
             dense = [i for i in remaining if not isinstance(gradients[i], tf.IndexedSlices)]
             remaining = [i for i in remaining if i not in set(dense)]
-            reduced = options.compressor.exchange(
+            reduced = self.compressor.exchange(
                 [gradients[i] for i in dense], [variables[i] for i in dense], options.op
             )
             for index, result in zip(dense, reduced, strict=True):
@@ -172,7 +192,7 @@ class GradientExchange:
                 f"{name}.{number}" if options.groups is not None else name,
                 prescale_factor=1.0 / factor,
                 postscale_factor=factor,
-                compression=None if options.compressor is not None else options.compression,
+                compression=None if self.compressor is not None else options.compression,
                 process_set=options.process_set,
             )
             for index, result in zip(group, reduced, strict=True):
@@ -183,6 +203,8 @@ class GradientExchange:
         options = self.options
         given = options.compression
         compression = "none" if given is None else getattr(given, "__name__", type(given).__name__)
+        if isinstance(given, Compressor):
+            compression = repr(given)
         lines = [f"op={options.op.name}, compression={compression}"]
         labels = ["how gradients are exchanged"]
         for gradient, variable in zip(gradients, variables, strict=True):

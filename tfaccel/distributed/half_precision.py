@@ -70,8 +70,8 @@ def sent_in_16_bits(compression: Any) -> str | None:
     name = getattr(compression, "__name__", type(compression).__name__)
     if name not in names:
         raise ValueError(
-            "compression must be one of Compression.none, Compression.fp16 and Compression.bf16, "
-            f"but got {compression!r}."
+            "compression must be one of Compression.none, Compression.fp16 and Compression.bf16 "
+            f"(or, for gradients, a compressor such as DGC()), but got {compression!r}."
         )
     return names[name]
 

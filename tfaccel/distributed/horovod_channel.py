@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tfaccel.distributed import runtime
+from tfaccel.distributed import process_sets, runtime
+from tfaccel.distributed.half_precision import reduce_in_16_bits
 
 
 @dataclass(frozen=True)
@@ -12,55 +13,50 @@ class HorovodChannel:
 
     Args:
         name: that every operation's name begins with: the same on all ranks, and no other's.
+        process_set: the ranks that take part; None for all.
     """
 
     name: str
+    process_set: Any = None
 
     @property
     def rank(self) -> int:
-        """The number of this rank."""
-        return runtime.rank()
+        """The number of this rank among those that take part."""
+        return runtime.rank() if self.process_set is None else int(self.process_set.rank())
 
     @property
     def size(self) -> int:
-        """The number of ranks."""
-        return runtime.size()
+        """The number of ranks that take part."""
+        return int(process_sets.members(self.process_set))
 
     def mean(self, tensor: Any, key: str) -> Any:
         """Averages a float32 tensor by ring-allreduce."""
         hvd = runtime.horovod()
-        return hvd.allreduce(tensor, op=hvd.Average, name=self._named(key), ignore_name_scope=True)
+        return hvd.allreduce(tensor, op=hvd.Average, **self._options(key))
 
     def mean_half(self, tensor: Any, key: str) -> Any:
         """Averages [n] of 16-bit floats: slices to their ranks, summed there, and back to all."""
         import tensorflow as tf
 
-        hvd, ranks, length = runtime.horovod(), self.size, int(tensor.shape[0])
-        each = -(-length // ranks)
-        padded = tf.pad(tensor, [[0, each * ranks - length]])
-        slices = hvd.alltoall(
-            tf.bitcast(padded, tf.uint8),
-            splits=tf.fill([ranks], each),
-            name=self._named(f"{key}.slices"),
-            ignore_name_scope=True,
-        )[0]
-        values = tf.cast(tf.bitcast(slices, tensor.dtype), tf.float32)
-        mean = tf.reduce_mean(tf.reshape(values, [ranks, each]), axis=0)
-        gathered = hvd.allgather(
-            tf.bitcast(tf.cast(mean, tensor.dtype), tf.uint8),
-            name=self._named(f"{key}.means"),
-            ignore_name_scope=True,
+        (mean,) = reduce_in_16_bits(
+            [tf.cast(tensor, tf.float32)],
+            tensor.dtype.name,
+            runtime.Average,
+            f"{self.name}.{key}",
+            self.process_set,
         )
-        whole = tf.reshape(tf.bitcast(gathered, tensor.dtype), [each * ranks])
-        return whole[:length]
+        return tf.cast(mean, tensor.dtype)
 
     def gather(self, message: Any, key: str) -> Any:
         """Joins the messages of all ranks."""
-        hvd = runtime.horovod()
-        return hvd.allgather(message, name=self._named(key), ignore_name_scope=True)
+        return runtime.horovod().allgather(message, **self._options(key))
 
-    def _named(self, key: str) -> str:
-        return f"{self.name}.{key}"
+    def _options(self, key: str) -> dict[str, Any]:
+        return {
+            "name": f"{self.name}.{key}",
+            "ignore_name_scope": True,
+            "process_set": process_sets.native_process_set(self.process_set),
+        }
 
 
 @dataclass(frozen=True)

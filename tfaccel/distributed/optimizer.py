@@ -53,8 +53,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         name: that the operations' names begin with, the same on all ranks.
         device_dense: of the exchange, as TensorFlow names it; "" for its own choice.
         device_sparse: accepted for Horovod's sake; sparse gradients go where dense ones do.
-        compression: None to send gradients as they are, one of `Compression`, or a
-            `GradientCompressor`, one object for one optimizer.
+        compression: None to send gradients as they are; a compressor such as `DGC()`, its name or
+            its config; or one of `Compression`.
         sparse_as_dense: makes sparse gradients (`tf.IndexedSlices`) dense before they are sent.
         gradient_predivide_factor: with Average, how much of the division by the number of ranks
             comes before the sum.
@@ -98,7 +98,9 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     for part in _parts(inner):
         _set_accumulation(part, backward_passes_per_step)
     number = next(_numbers)  # counted by every rank, so that names agree
-    if runtime.workers() == 1:
+    _check_momentum(_parts(inner), options.compression)
+    alone = runtime.workers() == 1
+    if alone and not getattr(options.compression, "acts_alone", False):
         return optimizer
     if keras.backend.backend() != "tensorflow":
         raise RuntimeError(
@@ -112,7 +114,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     reducer = _Reducer(inner, name or f"tfaccel_optimizer{number}", options)
     reducer.factor = 1 if average_aggregated_gradients else backward_passes_per_step
     setattr(inner, _HOOK, reducer)
-    if inner is not optimizer:
+    if inner is not optimizer and not alone:
         agree_on_overflow(optimizer, reducer.name, process_set)
     return optimizer
 
@@ -123,6 +125,27 @@ def _parts(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optim
     if several is not None and isinstance(optimizer, several):
         return list(optimizer.optimizers)
     return [optimizer]
+
+
+def _check_momentum(parts: Sequence[keras.optimizers.Optimizer], compression: Any) -> None:
+    """Raises ValueError if momentum would be applied twice."""
+    here = getattr(compression, "momentum", 0.0)
+    for part in parts:
+        own = getattr(part, "momentum", 0.0) if isinstance(part, keras.optimizers.SGD) else 0.0
+        if here and own:
+            raise ValueError(
+                f"Momentum would be applied twice: {part.name!r} has momentum={own} and "
+                f"{type(compression).__name__} {here}. Give keras.optimizers.SGD(momentum=0.0)."
+            )
+
+
+def exchanges_of(optimizer: keras.optimizers.Optimizer) -> list[GradientExchange]:
+    """Returns what exchanges the gradients of a `DistributedOptimizer`; nothing for any other."""
+    inner = optimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        inner = optimizer.inner_optimizer
+    reducer = getattr(inner, _HOOK, None)
+    return list(reducer.exchanges) if reducer is not None else []
 
 
 def _set_accumulation(optimizer: keras.optimizers.Optimizer, passes: int) -> None:
@@ -160,6 +183,7 @@ class _Reducer:
         self.factor = 1
         self._optimizer = optimizer
         self._options = options
+        self.exchanges: list[GradientExchange] = []
         self._reduced: list[keras.optimizers.Optimizer] = []
         self._build = optimizer.build
         optimizer.build = self.build
@@ -172,7 +196,7 @@ class _Reducer:
         optimizer before it asks for the first time whether gradients are finite.
         """
         outer = keras_private.loss_scale_optimizer_that_builds(self._optimizer)
-        if outer is not None:
+        if outer is not None and runtime.workers() > 1:
             agree_on_overflow(outer, self.name, self._options.process_set)
         self._build(variables)
         # A MultiOptimizer that is given a function meets its optimizers as it is built.
@@ -188,16 +212,19 @@ class _Reducer:
         options, applied = self._options, list[Any]()
         check = WeightsCheck(f"{name}.check", options.process_set)
         exchange = GradientExchange(name, options)
+        self.exchanges.append(exchange)
+        alone = runtime.workers() == 1
 
         def reduce_and_clip(grads: Sequence[Any]) -> list[Any]:
-            if keras_private.is_compiled_by_xla():
+            if keras_private.is_compiled_by_xla() and not alone:
                 raise RuntimeError(
                     "XLA cannot compile the exchange of gradients between workers. Call "
                     "model.compile(..., jit_compile=False), or leave jit_compile='auto' and give "
                     "fit() the BroadcastGlobalVariablesCallback, which turns XLA off."
                 )
             reduced = exchange.run(grads, applied)
-            check.run(keras_private.trained_variables(part))
+            if not alone:
+                check.run(keras_private.trained_variables(part))
             if self.factor != 1:
                 reduced = [gradient * self.factor for gradient in reduced]
             return clip(reduced)

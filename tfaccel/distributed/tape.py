@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tfaccel.distributed import runtime
+from tfaccel.distributed.compressors import Compressor
 from tfaccel.distributed.drift import WeightsCheck
 from tfaccel.distributed.gathering import unique_name
 from tfaccel.distributed.gradient_exchange import ExchangeOptions, GradientExchange
@@ -115,7 +116,10 @@ def _exchange_of(
 ) -> tuple[GradientExchange, WeightsCheck]:
     """Returns what was made for these variables before, or makes it."""
     shapes = tuple((id(s) if _is_variable(s) else 0, tuple(s.shape), s.dtype) for s in sources)
-    how = (int(options.op), id(options.compression), options.sparse_as_dense, options.device)
+    # A compressor is plain data, made anew at every step perhaps; anything else is one object.
+    plain = isinstance(options.compression, Compressor)
+    compression = options.compression if plain else id(options.compression)
+    how = (int(options.op), compression, options.sparse_as_dense, options.device)
     more = (options.gradient_predivide_factor, str(options.groups), id(options.process_set))
     key = (shapes, how, more)
     if key not in _exchanges:
