@@ -41,6 +41,7 @@ from tfaccel.distributed.jobs import check_horovod, run_workers
 from tfaccel.distributed.local_sgd import LocalSGD
 from tfaccel.distributed.objects import allgather_object, broadcast_object, broadcast_variables
 from tfaccel.distributed.optimizer import DistributedOptimizer
+from tfaccel.distributed.parameter_server import ParameterServer
 from tfaccel.distributed.pipeline import Pipeline
 from tfaccel.distributed.powersgd import LowRank, PowerSGD
 from tfaccel.distributed.process_sets import (
@@ -96,6 +97,7 @@ __all__ = [
     "MetricAverageCallback",
     "Min",
     "NoCompression",
+    "ParameterServer",
     "Pipeline",
     "PowerSGD",
     "ProcessSet",
