@@ -3,7 +3,7 @@
 Horovod itself is loaded by `init()`, and only in a process that horovodrun started.
 """
 
-from tfaccel.distributed import callbacks
+from tfaccel.distributed import callbacks, elastic
 from tfaccel.distributed.builds import (
     ccl_built,
     cuda_built,
@@ -124,6 +124,7 @@ __all__ = [
     "cross_size",
     "cuda_built",
     "ddl_built",
+    "elastic",
     "end_together",
     "global_process_set",
     "gloo_built",

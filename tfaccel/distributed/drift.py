@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from tfaccel.distributed import restarts
 from tfaccel.distributed.process_sets import native_process_set
 from tfaccel.distributed.runtime import horovod
 
@@ -29,11 +30,18 @@ class WeightsCheck:
 
         self._name = name
         self._process_set = process_set
+        restarts.watch(self)
         self._updates: Any = None
         self._counted = -1
         # A `tf.function` that is being traced may make variables on its first call only.
         if tf.executing_eagerly():
             self._updates = tf.Variable(0, dtype=tf.int64, trainable=False, name="updates")
+
+    def restart(self) -> None:
+        """Begins to count anew, as the new workers of an elastic job do."""
+        self._counted = -1
+        if self._updates is not None:
+            self._updates.assign(0)
 
     def run(self, variables: Sequence[Any]) -> None:
         """Counts an update that is about to happen and compares the weights if it is time.

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import keras
 
-from tfaccel.distributed import process_sets
+from tfaccel.distributed import process_sets, restarts
 from tfaccel.distributed.compressed_exchange import CompressedExchange
 from tfaccel.distributed.compressors import Compressor, resolve_compression
 from tfaccel.distributed.half_precision import sent_in_16_bits
@@ -32,7 +32,8 @@ class GradientCompressor(Protocol):
     def build(self, variables: Sequence[keras.Variable], name: str) -> None:
         """Makes the state (residuals, momenta) for these variables.
 
-        Called once, outside of any `tf.function`, before the first exchange.
+        Called outside of any `tf.function`, before the first exchange; in an elastic job again
+        after each change of workers.
 
         Args:
             variables: all that gradients are exchanged for, in the optimizer's order.
@@ -130,7 +131,7 @@ class GradientExchange:
         self.name = name
         self.options = options
         self.compressor = options.make_compressor()
-        self._agreed = False
+        self._agreed_in: int | None = None
 
     def run(
         self, gradients: Sequence[Any], variables: Sequence[Any], name: str | None = None
@@ -157,7 +158,7 @@ class GradientExchange:
             gradients = [
                 tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients
             ]
-        if not self._agreed:
+        if self._agreed_in != restarts.generation():
             # Outside of the graph that may be being traced: ranks that differ have to learn of it
             # before the first operation of theirs waits for one that never comes.
             with tf.init_scope():
@@ -165,7 +166,7 @@ class GradientExchange:
                     self._agree(gradients, variables)
                 if self.compressor is not None:
                     self.compressor.build(list(variables), self.name)
-            self._agreed = True
+            self._agreed_in = restarts.generation()
         with tf.device(options.device or None):
             return self._combine(gradients, variables, name or self.name)
 

@@ -1,6 +1,5 @@
 """Any Keras optimizer, with its gradients averaged over all workers before they are applied."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,14 +7,13 @@ import keras
 
 from tfaccel.core import keras_private
 from tfaccel.core.checks import check_type
-from tfaccel.distributed import runtime
+from tfaccel.distributed import restarts, runtime
 from tfaccel.distributed.drift import WeightsCheck
 from tfaccel.distributed.gradient_exchange import ExchangeOptions, GradientExchange
 from tfaccel.distributed.overflow import agree_on_overflow
 from tfaccel.distributed.runtime import Average, ReduceOp
 
 _HOOK = "_tfaccel_reducer"
-_numbers = itertools.count()
 
 
 def DistributedOptimizer(  # noqa: N802 - Horovod's name
@@ -97,9 +95,9 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         inner = optimizer.inner_optimizer
     for part in _parts(inner):
         _set_accumulation(part, backward_passes_per_step)
-    number = next(_numbers)  # counted by every rank, so that names agree
+    number = restarts.numbered("optimizer")  # counted by every rank, so that names agree
     _check_momentum(_parts(inner), options.compression)
-    alone = runtime.workers() == 1
+    alone = runtime.workers() == 1 and not runtime.is_elastic()
     if alone and not getattr(options.compression, "acts_alone", False):
         return optimizer
     if keras.backend.backend() != "tensorflow":
@@ -196,7 +194,7 @@ class _Reducer:
         optimizer before it asks for the first time whether gradients are finite.
         """
         outer = keras_private.loss_scale_optimizer_that_builds(self._optimizer)
-        if outer is not None and runtime.workers() > 1:
+        if outer is not None and (runtime.workers() > 1 or runtime.is_elastic()):
             agree_on_overflow(outer, self.name, self._options.process_set)
         self._build(variables)
         # A MultiOptimizer that is given a function meets its optimizers as it is built.
@@ -213,9 +211,10 @@ class _Reducer:
         check = WeightsCheck(f"{name}.check", options.process_set)
         exchange = GradientExchange(name, options)
         self.exchanges.append(exchange)
-        alone = runtime.workers() == 1
 
         def reduce_and_clip(grads: Sequence[Any]) -> list[Any]:
+            # Asked for in each trace: an elastic job may be down to one worker, or up from it.
+            alone = runtime.workers() == 1
             if keras_private.is_compiled_by_xla() and not alone:
                 raise RuntimeError(
                     "XLA cannot compile the exchange of gradients between workers. Call "

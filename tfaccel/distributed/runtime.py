@@ -90,6 +90,11 @@ def is_launched() -> bool:
     return any(name in os.environ for name in _LAUNCHER_VARIABLES)
 
 
+def is_elastic() -> bool:
+    """Whether workers may come and go: horovodrun was given `--min-np` or a discovery script."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
 def rank() -> int:
     """The number of this process among all, from 0."""
     return _ask("rank", 0)

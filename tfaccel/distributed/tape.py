@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tfaccel.distributed import runtime
+from tfaccel.distributed import restarts, runtime
 from tfaccel.distributed.compressors import Compressor
 from tfaccel.distributed.drift import WeightsCheck
 from tfaccel.distributed.gathering import unique_name
@@ -62,7 +62,8 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
         process_set=process_set,
         device=device_dense,
     )
-    if runtime.workers() == 1 or (process_set is not None and not process_set.included()):
+    alone = runtime.workers() == 1 and not runtime.is_elastic()
+    if alone or (process_set is not None and not process_set.included()):
         return gradtape
     return _DistributedTape(gradtape, options)
 
@@ -101,6 +102,8 @@ class _DistributedTape:
 
         options.pop("use_generic_names", None)  # Horovod's own
         own = self._tape.gradient(target, sources, *arguments, **options)
+        if runtime.workers() == 1:
+            return own
         flat = tf.nest.flatten(sources)
         gradients = tf.nest.flatten(own)
         exchange, check = _exchange_of(flat, self._options)
@@ -121,10 +124,10 @@ def _exchange_of(
     compression = options.compression if plain else id(options.compression)
     how = (int(options.op), compression, options.sparse_as_dense, options.device)
     more = (options.gradient_predivide_factor, str(options.groups), id(options.process_set))
-    key = (shapes, how, more)
+    key = (restarts.generation(), shapes, how, more)
     if key not in _exchanges:
         # Made in the same order on every rank, so that the names of the operations agree.
-        name = f"tfaccel_tape{len(_exchanges)}"
+        name = f"tfaccel_tape{restarts.numbered('tape')}"
         check = WeightsCheck(f"{name}.check", options.process_set)
         _exchanges[key] = (GradientExchange(name, options), check)
     return _exchanges[key]

@@ -1,13 +1,10 @@
 """Data that ends on all ranks at once."""
 
-import itertools
 from typing import Any
 
 import numpy as np
 
-from tfaccel.distributed import runtime
-
-_numbers = itertools.count()
+from tfaccel.distributed import restarts, runtime
 
 
 def end_together(dataset: Any) -> Any:
@@ -37,7 +34,7 @@ def end_together(dataset: Any) -> Any:
     specs = tf.nest.flatten(dataset.element_spec)
     if not all(isinstance(spec, tf.TensorSpec) for spec in specs):
         raise TypeError(f"end_together() needs dense tensors, but got {dataset.element_spec}.")
-    number = next(_numbers)  # counted by every rank, so that names agree
+    number = restarts.numbered("data")  # counted by every rank, so that names agree
     if runtime.workers() == 1:
         return dataset
     name = f"tfaccel_data{number}"
