@@ -15,6 +15,7 @@ ARGUMENTS = {
     "lighten.py": ["models", "1"],
     "prune_and_quantize.py": ["models", "1"],
     "prune_channels_for_latency.py": ["models", "1"],
+    "train_on_two_workers.py": ["models", "2"],
 }
 PRINTED = {
     "distill.py": ["teacher, all labels", "student, 100 labels", "student, teacher and no labels"],
@@ -26,14 +27,22 @@ PRINTED = {
     "lighten.py": ["trained", "factorized", "fine-tuned"],
     "prune_and_quantize.py": ["float", "pruned", "int8"],
     "prune_channels_for_latency.py": ["whole", "fast"],
+    "train_on_two_workers.py": ["trained", "loaded"],
 }
+NEEDS_HOROVOD = ["train_on_two_workers.py"]
 
 
 def test_every_script_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(ARGUMENTS)
 
 
-@pytest.mark.parametrize("name", sorted(ARGUMENTS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.horovod if name in NEEDS_HOROVOD else ())
+        for name in sorted(ARGUMENTS)
+    ],
+)
 def test_a_script_runs_and_prints_its_rows(name, tmp_path):
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *ARGUMENTS[name]],

@@ -26,6 +26,7 @@ OPTIONS = {
     "Adam": {"amsgrad": True, "use_ema": True, "ema_momentum": 0.9, "ema_overwrite_frequency": 2},
     "RMSprop": {"momentum": 0.9, "centered": True, "clipvalue": 0.02},
     "Adagrad": {"weight_decay": 0.1, "clipnorm": 0.05},
+    "Lion": {"clipnorm": 0.1},
     "Nadam": {"gradient_accumulation_steps": 2},
 }
 
