@@ -69,7 +69,7 @@ def files(tmp_path_factory):
 def test_help_teaches_with_examples():
     text, _ = call("--help")
     assert "tfaccel run examples/digits.yaml" in text
-    for name in ("run", "measure", "export", "inspect", "diff"):
+    for name in ("run", "measure", "export", "inspect", "diff", "plan-cluster"):
         text, _ = call(name, "--help")
         assert "Examples:" in text
         assert "Exit codes:" in text
@@ -109,6 +109,50 @@ def test_run_goes_to_a_folder_of_the_recipe_s_name(tmp_path, monkeypatch):
     call("run", "recipe.yaml")
 
     assert (tmp_path / "runs" / "tiny" / "results.json").exists()
+
+
+def test_wrong_hosts_are_wrong_input(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    arguments = ["run", tmp_path / "recipe.yaml", "-o", tmp_path / "out", "--hosts"]
+
+    assert "room for 3" in call(*arguments, "localhost:1,b:2", "-w", "4", code=2)[1]
+    assert "must be this machine" in call(*arguments, "no.such.invalid:1,b:2", code=2)[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_cluster_prints_times_and_crossovers(files):
+    figures = ["--bandwidth", "100", "--latency", "0", "--operation-ms", "0"]
+    size = ["--parameters", "1e6", "--compute-ms", "40"]
+    text, _ = call("plan-cluster", *size, *figures, "--compressor", "sign", "--most", "96")
+    # By hand: 4 MB at 100 Mbit/s are 320 ms, plus half a million additions of half a nanosecond.
+    ring = next(line for line in text.splitlines() if "none" in line and "ring" in line)
+    assert ring.split("│")[3].strip() == f"{40 + 320 + 0.25:,.0f}"
+    assert "96" in text
+    assert "any topology: none is faster than sign from" in text
+
+    text, _ = call("plan-cluster", "--model", files / "model.keras", *figures, "--json")
+    plan = json.loads(text)
+    # A 3x3 convolution of one channel to eight, and 6 · 6 · 8 features to ten.
+    assert plan["values"] == 3 * 3 * 8 + 8 + 6 * 6 * 8 * 10 + 10
+    assert plan["compute_ms"] > 0
+    assert {found["workers"] for found in plan["predictions"]} == {2**k for k in range(1, 11)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give either --model or --parameters"),
+        (["--parameters", "1e6"], "Give --compute-ms"),
+        (["--parameters", "1e6", "--compute-ms", "0"], "compute_ms must be above 0"),
+        (["--parameters", "0", "--compute-ms", "5"], "shapes must be an int from 1"),
+        (["--parameters", "1", "--compute-ms", "5", "--compressor", "zip"], "got 'zip'"),
+        (["--parameters", "1", "--compute-ms", "5", "--latency", "-1"], "latency_ms must be 0"),
+        (["--model", "nothing.keras"], "no file"),
+    ],
+    ids=["nothing", "compute", "zero", "empty", "compressor", "latency", "file"],
+)
+def test_plan_cluster_says_what_is_missing(arguments, message):
+    assert message in call("plan-cluster", "--bandwidth", "100", *arguments, code=2)[1]
 
 
 def test_a_wrong_recipe_is_wrong_input(tmp_path):

@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import faulthandler
 import functools
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tfaccel import __version__
+from tfaccel.terminal import silence_tensorflow
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,8 +121,15 @@ def tfaccel() -> None:
     type=click.IntRange(min=1),
     help="Horovod workers of every train stage, in place of what the recipe says.",
 )
+@click.option(
+    "-H",
+    "--hosts",
+    help="Machines for them, such as a:2,b:2, by ssh; this one first.  [default: this one]",
+)
 @_common
-def run(recipe: Path, output: Path | None, workers: int | None, as_json: bool) -> None:
+def run(
+    recipe: Path, output: Path | None, workers: int | None, hosts: str | None, as_json: bool
+) -> None:
     r"""Run a recipe: train, shrink, export and measure, stage by stage.
 
     RECIPE is a YAML file. Every stage leaves a .keras and a .tflite file in the folder of the run;
@@ -134,6 +140,7 @@ def run(recipe: Path, output: Path | None, workers: int | None, as_json: bool) -
     Examples:
       tfaccel run examples/digits.yaml
       tfaccel run examples/digits.yaml --workers 1 --output /tmp/trial
+      tfaccel run recipe.yaml --workers 4 --hosts a:2,b:2
       tfaccel run recipe.yaml --json > results.json
 
     \b
@@ -150,12 +157,17 @@ def run(recipe: Path, output: Path | None, workers: int | None, as_json: bool) -
 
     with _user_input():
         loaded = load_recipe(recipe)
+        if hosts is not None:
+            from tfaccel.distributed.hosts import check_begins_here, check_hosts
+
+            workers = check_hosts(hosts, workers)
+            check_begins_here(hosts)
 
     from tfaccel.recipes.progress import ProgressBars
     from tfaccel.recipes.runner import run_recipe
 
     with ProgressBars(_console(stderr=True)) as bars:
-        result = run_recipe(loaded, output, workers=workers, listener=bars)
+        result = run_recipe(loaded, output, workers=workers, hosts=hosts, listener=bars)
     if as_json:
         click.echo((result.folder / "results.json").read_text(encoding="utf-8"), nl=False)
         return
@@ -343,6 +355,70 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
         _console().print(difference)
 
 
+@tfaccel.command("plan-cluster", epilog=_EPILOG)
+@click.option("--model", type=click.Path(path_type=Path), help="A .keras file to plan for.")
+@click.option("--parameters", type=float, help="Its number of weights, in place of --model.")
+@click.option(
+    "--compute-ms",
+    type=float,
+    help="A training step of one worker, milliseconds.  [default: measured here, of --model]",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Of one worker."
+)
+@click.option(
+    "--bandwidth", type=float, required=True, help="Of each worker's link, each way, Mbit/s."
+)
+@click.option(
+    "--latency", type=float, default=0.1, show_default=True, help="Between two workers, ms."
+)
+@click.option(
+    "--operation-ms",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Fixed cost of a collective operation.",
+)
+@click.option(
+    "--servers", type=click.IntRange(min=1), default=1, show_default=True, help="Parameter servers."
+)
+@click.option("--compressor", "chosen", multiple=True, help="Only these, and none.  [default: all]")
+@click.option(
+    "--most", type=click.IntRange(min=2), default=1024, show_default=True, help="Workers."
+)
+@_common
+def plan_cluster(most: int, as_json: bool, **figures: Any) -> None:
+    r"""Predict steps on a cluster: ring, tree and parameter server, with every compressor.
+
+    Prints milliseconds of a step by number of workers, and from how many workers on another way is
+    faster. Bandwidth and latency are best measured (iperf3, ping); the formulas are those of
+    docs/clusters.md.
+
+    \b
+    Examples:
+      tfaccel plan-cluster --parameters 5.3e6 --compute-ms 52 --bandwidth 1000
+      tfaccel plan-cluster --model model.keras --batch-size 64 --bandwidth 100 --latency 0.5
+      tfaccel plan-cluster --parameters 25e6 --compute-ms 300 --bandwidth 10000 --compressor dgc
+    """
+    from tfaccel.distributed.plan_report import (
+        describe_crossovers,
+        make_plan_table,
+        plan_to_dict,
+        worker_counts,
+    )
+    from tfaccel.distributed.planner import make_planner
+
+    with _user_input():
+        planner = make_planner(**figures)
+    predictions, crossovers = planner.table(worker_counts(most)), planner.crossovers(most)
+    if as_json:
+        _print_json(plan_to_dict(planner, predictions, crossovers))
+        return
+    console = _console()
+    console.print(make_plan_table(predictions))
+    console.print(describe_crossovers(crossovers, most), highlight=False, soft_wrap=True)
+
+
 def _console(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
@@ -358,27 +434,8 @@ def _print_json(content: Any) -> None:
 def main() -> None:
     """Runs the command: the entry point that setup.cfg names."""
     if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
-        _silence_tensorflow()
+        silence_tensorflow()
     tfaccel()
-
-
-def _silence_tensorflow() -> None:
-    """Keeps the terminal to this program; set TF_CPP_MIN_LOG_LEVEL yourself to hear TensorFlow.
-
-    Its libraries write to file descriptor 2 while they are loaded, whatever the environment says.
-    So that descriptor leads nowhere, and Python's stderr goes on under another number.
-    """
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    try:
-        kept = os.dup(2)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        sys.stderr = os.fdopen(kept, "w", buffering=1, encoding="utf-8", errors="backslashreplace")
-        os.dup2(nowhere, 2)
-        os.close(nowhere)
-    except OSError:  # stderr is closed: there is nothing to keep quiet
-        return
-    faulthandler.enable(sys.stderr)
 
 
 if __name__ == "__main__":

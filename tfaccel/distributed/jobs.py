@@ -14,6 +14,7 @@ from typing import IO
 
 import psutil
 
+from tfaccel.distributed.hosts import check_hosts
 from tfaccel.distributed.runtime import BUILD_COMMAND
 
 _LAUNCHER = "horovod.runner.launch"
@@ -52,7 +53,8 @@ def run_workers(
         timeout: seconds after which the job is ended; None for no limit.
 
     Raises:
-        ValueError: `workers` is no number from 1, or `command` is empty.
+        ValueError: `workers` is no number from 1, `command` is empty, or `hosts` have too little
+            room.
         RuntimeError: Horovod is not installed, or a worker failed: it carries the last lines.
         TimeoutError: the job took longer than `timeout`.
     """
@@ -64,6 +66,7 @@ def run_workers(
     if workers > 1:
         check_horovod(workers)
         slots = hosts or f"localhost:{workers}"
+        check_hosts(slots, workers)
         flags = ["--gloo", "-np", str(workers), "-H", slots]
         line = [sys.executable, "-m", _LAUNCHER, *flags, *line]
     variables = {**_BOUNDS, **os.environ, **(env or {})}

@@ -9,7 +9,15 @@ from tfaccel.distributed.planner import Crossover, Planner, Prediction
 if TYPE_CHECKING:
     from rich.table import Table
 
-DEFAULT_WORKERS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+def worker_counts(most: int) -> list[int]:
+    """Returns the powers of two up to a number of workers, and that number.
+
+    >>> worker_counts(12)
+    [2, 4, 8, 12]
+    """
+    powers = [2**k for k in range(1, most.bit_length()) if 2**k < most]
+    return [*powers, most]
 
 
 def make_plan_table(predictions: Sequence[Prediction]) -> "Table":

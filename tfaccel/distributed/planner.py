@@ -1,6 +1,7 @@
 """Step times of clusters that are not there: predicted from figures of what is."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -181,6 +182,55 @@ class Planner:
                 before = best
             before = before or best
         return found
+
+
+def make_planner(
+    model: str | os.PathLike[str] | None,
+    parameters: float | None,
+    compute_ms: float | None,
+    batch_size: int,
+    bandwidth: float,
+    latency: float,
+    operation_ms: float,
+    servers: int,
+    chosen: Sequence[str] = (),
+) -> Planner:
+    """Makes a planner of what the command line says.
+
+    Args:
+        model: .keras file; its gradients' shapes count, and its step is timed if need be.
+        parameters: number of weights, in place of it.
+        compute_ms: of a step of one worker; None to time the model's.
+        batch_size: that it is timed with.
+        bandwidth: megabits per second.
+        latency: milliseconds.
+        operation_ms: milliseconds.
+        servers: parameter servers.
+        chosen: names of compressors; none for all.
+
+    Raises:
+        ValueError: a figure is missing, given twice or out of range, or there is no such
+            compressor.
+    """
+    if (model is None) == (parameters is None):
+        raise ValueError("Give either --model or --parameters: how much there is to send.")
+    if model is None and compute_ms is None:
+        raise ValueError("Give --compute-ms, or --model, whose step is then measured here.")
+    unknown = [name for name in chosen if name not in COSTS]
+    if unknown:
+        raise ValueError(f"--compressor must be one of {', '.join(COSTS)}, but got {unknown[0]!r}.")
+    network = Network(bandwidth, latency, operation_ms)
+    shapes: Sequence[Shape] | int = int(parameters or 0)
+    if model is not None:
+        from tfaccel.core.artifacts import load_model
+        from tfaccel.distributed.step_time import gradient_shapes, measure_step
+
+        loaded = load_model(model)
+        shapes = gradient_shapes(loaded)
+        compute_ms = measure_step(loaded, batch_size) if compute_ms is None else compute_ms
+    names = ("none", *(name for name in COSTS if name in chosen and name != "none"))
+    costs = {name: COSTS[name] for name in names} if chosen else None
+    return Planner(compute_ms or 0.0, shapes, network, servers, costs)
 
 
 def _dense(values: int) -> Traffic:

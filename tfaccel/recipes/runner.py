@@ -49,6 +49,7 @@ def run_recipe(
     output: str | os.PathLike[str] | None = None,
     *,
     workers: int | None = None,
+    hosts: str | None = None,
     listener: RunListener | None = None,
 ) -> RunResult:
     """Runs a recipe, and goes on from the last finished stage if it ran here before.
@@ -57,6 +58,8 @@ def run_recipe(
         recipe: what `load_recipe` read.
         output: folder of the run; by default runs/<name of the recipe>.
         workers: number of Horovod workers in place of what the recipe says.
+        hosts: "a:2,b:2" for train stages on several machines, reached by ssh, this one first; with
+            no `workers`, as many as they have room for.
         listener: hears of every stage and epoch.
 
     Returns:
@@ -66,7 +69,13 @@ def run_recipe(
         RecipeError: the recipe names a network or an argument that does not exist.
         DataError: the data cannot be used.
         RuntimeError: Horovod is needed and not installed.
+        ValueError: the hosts have too little room, or the first is another machine.
     """
+    if hosts is not None:
+        from tfaccel.distributed.hosts import check_begins_here, check_hosts
+
+        workers = check_hosts(hosts, workers)
+        check_begins_here(hosts)
     if workers is not None:
         recipe = with_workers(recipe, workers)
     folder = Path("runs", recipe.name) if output is None else Path(output)
@@ -75,14 +84,17 @@ def run_recipe(
             f"The run is to be written to the folder {str(folder)!r}, but that is a file. "
             "Give another --output."
         )
-    return _Run(recipe, folder, listener or RunListener()).run()
+    return _Run(recipe, folder, listener or RunListener(), hosts).run()
 
 
 class _Run:
     """One run of a recipe in a folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path, listener: RunListener) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, listener: RunListener, hosts: str | None
+    ) -> None:
         self._recipe = recipe
+        self._hosts = hosts
         self._folder = folder
         self._listener = listener
         self._data = load_data(recipe.data, recipe.seed)
@@ -200,6 +212,7 @@ class _Run:
                 path,
                 self._folder / f"{stage.name}.workers.txt",
                 on_epoch,
+                self._hosts,
             )
         else:
             inputs = {

@@ -1,4 +1,7 @@
-"""A train stage on several Horovod workers: `python -m tfaccel.recipes.worker JOB.json` is one."""
+"""A train stage on several Horovod workers: `python -m tfaccel.recipes.worker JOB` is one.
+
+JOB is JSON, on the command line and not in a file, so that workers on other machines get it too.
+"""
 
 import contextlib
 import json
@@ -17,7 +20,13 @@ _POLL_SECONDS = 0.2
 
 
 def train_on_workers(
-    recipe: Recipe, stage: Stage, seed: int, path: Path, log: Path, on_epoch: EpochListener
+    recipe: Recipe,
+    stage: Stage,
+    seed: int,
+    path: Path,
+    log: Path,
+    on_epoch: EpochListener,
+    hosts: str | None = None,
 ) -> None:
     """Runs a train stage on as many Horovod workers as it asks for, and keeps the model of rank 0.
 
@@ -28,19 +37,22 @@ def train_on_workers(
         path: .keras file to write.
         log: file that the workers' output is appended to.
         on_epoch: hears of every epoch, its figures the mean over the workers.
+        hosts: "a:2,b:2" for machines reached by ssh, this one first; None for this one alone. The
+            others need the same Python with tfaccel at the same path, and the data.
 
     Raises:
         RuntimeError: Horovod is missing, or a worker failed; the message has its last lines.
     """
     from tfaccel.core.artifacts import write_aside
     from tfaccel.distributed import run_workers
+    from tfaccel.distributed.hosts import parse_hosts
     from tfaccel.measurement.devices import usable_cores
 
     if stage.train is None:
         raise ValueError(f"Only a train stage runs on workers, but {stage.name!r} is none.")
     workers = stage.train.workers
     with tempfile.TemporaryDirectory(prefix="tfaccel-") as folder:
-        job, progress = Path(folder, "job.json"), Path(folder, "progress.jsonl")
+        progress = Path(folder, "progress.jsonl")
         # Not `path` itself: workers that outlive a killed run must not write into the next one.
         trained = Path(folder, "model.keras")
         content = {
@@ -51,19 +63,19 @@ def train_on_workers(
             "progress": str(progress),
             "parent": os.getpid(),
         }
-        job.write_text(json.dumps(content), encoding="utf-8")
         # Workers of one machine share its cores; left alone, each would start threads for all.
-        threads = str(max(1, usable_cores() // workers))
+        here = workers if hosts is None else min(workers, parse_hosts(hosts)[0][1])
+        threads = str(max(1, usable_cores() // here))
         env = {"TF_NUM_INTRAOP_THREADS": threads, "TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}
-        command = [sys.executable, "-m", "tfaccel.recipes.worker", str(job)]
+        command = [sys.executable, "-m", "tfaccel.recipes.worker", json.dumps(content)]
         with _following(progress, on_epoch):
-            run_workers(command, workers, env=env, log=log)
+            run_workers(command, workers, hosts, env=env, log=log)
         with write_aside(path) as aside:
             shutil.copyfile(trained, aside)
 
 
-def main(job_file: str) -> None:
-    """Does the work of one worker."""
+def main(job_text: str) -> None:
+    """Does the work of one worker; `job_text` is JSON."""
     import psutil
 
     import tfaccel.distributed as hvd
@@ -71,7 +83,7 @@ def main(job_file: str) -> None:
     from tfaccel.recipes.data import load_data
 
     hvd.init()
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    job = json.loads(job_text)
     recipe = Recipe.model_validate(job["recipe"])
     stage = next(stage for stage in recipe.stages if stage.name == job["stage"])
     progress = Path(job["progress"])
