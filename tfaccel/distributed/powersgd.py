@@ -135,7 +135,6 @@ class LowRank(Configurable):
         return found
 
 
-@compressors.register("powersgd")
 def PowerSGD(rank: int = 2, seed: int = 0) -> ErrorFeedback:  # noqa: N802 - the paper's name
     """Returns PowerSGD: low-rank gradients with error feedback (Vogels et al. 2019).
 
@@ -150,6 +149,9 @@ def PowerSGD(rank: int = 2, seed: int = 0) -> ErrorFeedback:  # noqa: N802 - the
     LowRank(rank=4, seed=0)
     """
     return ErrorFeedback(LowRank(rank, seed))
+
+
+compressors.register("powersgd")(PowerSGD)
 
 
 def orthonormal(matrix: Any) -> Any:

@@ -222,13 +222,15 @@ class ScaledSign(_Gathered):
         return [total / ranks for total in totals]
 
 
-@compressors.register("efsignsgd")
 def EFSignSGD() -> ErrorFeedback:  # noqa: N802 - the paper's name
     """Returns signs with error feedback (Karimireddy et al. 2019): 32 times fewer bits a message.
 
     It takes a learning rate of its own, mostly smaller than SGD's.
     """
     return ErrorFeedback(ScaledSign())
+
+
+compressors.register("efsignsgd")(EFSignSGD)
 
 
 def _pack(codes: Any, bits: int) -> Any:
