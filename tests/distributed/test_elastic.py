@@ -13,6 +13,7 @@ import tfaccel.distributed as hvd
 from tests.distributed import elastic_worker as worker
 from tests.distributed.worker import make_data, make_model, weights_of
 from tfaccel.distributed import elastic, jobs, restarts, runtime
+from tfaccel.distributed.optimizer import exchanges_of
 
 HOSTS = """#!/bin/sh
 echo localhost:1
@@ -45,6 +46,28 @@ def test_states_go_back_to_what_was_committed(compiled):
     state.seen.append(5)
     state.restore()
     assert state.seen == [3]
+
+
+def test_what_a_compressor_holds_back_is_committed_too():
+    model = make_model()
+    optimizer = hvd.DistributedOptimizer(
+        keras.optimizers.SGD(0.1), compression=hvd.DGC(momentum=0.9)
+    )
+    model.compile(optimizer, "mse")
+    state = elastic.KerasState(model)
+    (exchange,) = exchanges_of(optimizer)
+    model.fit(*make_data(8), 4, verbose=0)
+    state.commit()
+    kept = {name: value.copy() for name, value in exchange.compressor.get_state().items()}
+    model.fit(*make_data(8), 4, verbose=0)
+
+    def differences():
+        found = exchange.compressor.get_state()
+        return sum(float(np.abs(found[name] - value).max()) for name, value in kept.items())
+
+    assert differences() > 0
+    state.restore()
+    assert differences() == 0
 
 
 def test_a_state_of_variables_keeps_values_and_not_views():
@@ -130,7 +153,6 @@ def test_after_a_change_things_are_numbered_as_on_a_new_worker():
     assert restarts.generation() == before + 1
 
 
-@pytest.mark.slow
 @pytest.mark.horovod
 def test_training_survives_a_killed_worker_and_takes_in_a_new_one(tmp_path):
     hosts = tmp_path / "hosts.sh"

@@ -10,6 +10,7 @@ import numpy as np
 from tfaccel.core.checks import check_type
 from tfaccel.distributed import runtime
 from tfaccel.distributed.objects import broadcast_object, broadcast_variables
+from tfaccel.distributed.optimizer import exchanges_of
 
 
 class State:
@@ -169,8 +170,8 @@ class TensorFlowState(ObjectState):
 class TensorFlowKerasState(TensorFlowState):
     """State of a Keras model and its optimizer, and of objects besides.
 
-    The states of random-seed generators are kept and restored, but each rank has its own, so that
-    dropout differs between ranks.
+    The states of random-seed generators, and what a compressor of gradients holds back, are kept
+    and restored, but each rank has its own.
 
     Args:
         model: a built Keras model.
@@ -206,6 +207,7 @@ class TensorFlowKerasState(TensorFlowState):
             optimizer.build(model.trainable_variables)
         self.model = model
         self.optimizer = optimizer
+        self._held_back: list[Any] = []
         super().__init__([], **kwargs)
 
     def _kept(self) -> list[Any]:
@@ -215,6 +217,22 @@ class TensorFlowKerasState(TensorFlowState):
 
     def _shared(self) -> list[Any]:
         return [*self.model.weights, *self.optimizer.variables]
+
+    def _compressors(self) -> list[Any]:
+        found = [exchange.compressor for exchange in exchanges_of(self.optimizer)]
+        return [compressor for compressor in found if hasattr(compressor, "get_state")]
+
+    def save(self) -> None:
+        """Keeps copies of weights, optimizer, objects and what compressors hold back."""
+        self._held_back = [copy.deepcopy(c.get_state()) for c in self._compressors()]
+        super().save()
+
+    def restore(self) -> None:
+        """Sets all of it to what was kept."""
+        super().restore()
+        for compressor, held in zip(self._compressors(), self._held_back, strict=False):
+            if held:
+                compressor.set_state(held)
 
     def reset(self) -> None:
         """Has Keras trace its steps anew: they hold the number of workers."""
