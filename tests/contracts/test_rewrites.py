@@ -69,6 +69,7 @@ def trained(name, model="convolutional"):
     return rewritten, train(rewritten, REWRITES[name], epochs=6)
 
 
+@pytest.mark.one_in(2)
 @every_model
 @every_rewrite
 def test_argument_is_not_changed(name, make_model):
@@ -84,6 +85,7 @@ def test_argument_is_not_changed(name, make_model):
     assert not set(map(id, all_layers(model))) & set(map(id, all_layers(rewritten)))
 
 
+@pytest.mark.one_in(2)
 @every_model
 @every_rewrite
 def test_names_and_weights_are_carried_over(name, make_model):

@@ -80,6 +80,7 @@ def run(model):
     return np.asarray(model(make_data(model)[0]))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", CASES)
 def test_neutral_transforms_change_no_digit_of_training(case):
     plain = make_model(case)
@@ -114,6 +115,7 @@ def test_layer_sees_the_transformed_weight(case):
         np.testing.assert_array_equal(run(plain_again), run(halved))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", CASES)
 def test_saved_in_mid_training_goes_on_as_if_not_stopped(case, tmp_path):
     through = transform_model(make_model(case), all_weights(Scaled))
@@ -163,6 +165,7 @@ def fit_everything(model, *, jit=False, steps_per_execution=1, epochs=2):
     return model.fit(x, y, batch_size=2, epochs=epochs, shuffle=False, verbose=0).history["loss"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_state_inside_survives_the_scope(jit, steps):

@@ -36,6 +36,7 @@ def export(model, folder, scheme="float32", **options):
     return to_tflite(model, folder / f"{scheme}.tflite", scheme, **options)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("make_model", [convolutional, sequential, nested])
 def test_outputs_are_those_of_keras(make_model, scheme, tmp_path):
@@ -98,6 +99,7 @@ def test_integer_inputs_embedding_and_recurrence(tmp_path):
 NAMES = ["_conv_stem", "with space", "a/b", "ünïcode", "1st", "x:0", "-dash"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_any_layer_and_model_name_converts(name, tmp_path):
     safe = name.replace("/", "|") if "/" in name else name

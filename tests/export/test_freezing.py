@@ -35,6 +35,7 @@ FORMS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("make_model", "data"), FORMS.values(), ids=FORMS)
 def test_every_form_agrees_with_keras(make_model, data, scheme, tmp_path):
@@ -142,6 +143,7 @@ RECURRENT = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("make_model", RECURRENT.values(), ids=RECURRENT)
 def test_recurrent_layers_agree(make_model, tmp_path):
     x = samples(8, 6, 4)
