@@ -123,12 +123,12 @@ def test_wrong_hosts_are_wrong_input(tmp_path):
 def test_plan_cluster_prints_times_and_crossovers(files):
     figures = ["--bandwidth", "100", "--latency", "0", "--operation-ms", "0"]
     size = ["--parameters", "1e6", "--compute-ms", "40"]
-    text, _ = call("plan-cluster", *size, *figures, "--compressor", "sign", "--most", "96")
+    text, _ = call("plan-cluster", *size, *figures, "--compressor", "int8", "--most", "96")
     # By hand: 4 MB at 100 Mbit/s are 320 ms, plus half a million additions of half a nanosecond.
     ring = next(line for line in text.splitlines() if "none" in line and "ring" in line)
     assert ring.split("│")[3].strip() == f"{40 + 320 + 0.25:,.0f}"
     assert "96" in text
-    assert "any topology: none is faster than sign from" in text
+    assert "any topology: none is faster than int8 from" in text
 
     text, _ = call("plan-cluster", "--model", files / "model.keras", *figures, "--json")
     plan = json.loads(text)

@@ -2,10 +2,12 @@ import io
 import json
 
 import keras
+import numpy as np
 import pytest
 from rich.console import Console
 
 from tfaccel.distributed.compression_costs import COSTS, CompressionCost, sparse_bits
+from tfaccel.distributed.compressors import compressors
 from tfaccel.distributed.cost_model import Network
 from tfaccel.distributed.plan_report import describe_crossovers, make_plan_table, plan_to_dict
 from tfaccel.distributed.planner import Planner
@@ -68,22 +70,60 @@ def test_ring_and_tree_cross_where_latency_outweighs_bytes():
 
 def test_sparse_compressors_take_the_ring_of_all_where_that_sends_less():
     planner = Planner(50.0, VALUES, SLOW)
-    sent = planner.predict("ring", "topk", 1024).sent_bytes
-    assert sent == planner.predict("ring", "none", 1024).sent_bytes
-    assert planner.predict("ring", "topk", 2).sent_bytes < sent / 50
+    dense = planner.predict("ring", "none", 8192).sent_bytes
+    assert planner.predict("ring", "dgc", 8192).sent_bytes == dense
+    assert planner.predict("ring", "dgc", 2).sent_bytes < dense / 1000
+    # Others gather on: 8,191 messages of a hundredth, each value with its place.
+    assert planner.predict("ring", "topk", 8192).sent_bytes > 20 * dense
 
 
 def test_messages_of_compressors():
     shapes = [(100, 200), (200,)]
     sizes = {name: cost.traffic(shapes).message_bytes for name, cost in COSTS.items()}
     assert sizes["none"] == 4 * 20_200
-    assert sizes["bfloat16"] == 2 * 20_200
-    assert sizes["sign"] == 20_200 / 8
+    assert sizes["bf16"] == 2 * 20_200
+    assert sizes["efsignsgd"] == 20_200 / 8
     # Rank 2: P is 100 x 2, Q is 200 x 2, and the bias goes whole (Vogels et al. 2019).
     assert sizes["powersgd"] == 4 * (2 * (100 + 200) + 200)
     # Half of all places: one bit says which. All values at 32 bits would be dense.
     assert sparse_bits(0.5, 0) == 1.0
-    assert sizes["dgc"] < sizes["topk"] < sizes["sign"] < sizes["int8"]
+    assert sizes["dgc"] < sizes["randomk"] < sizes["topk"] < sizes["efsignsgd"] < sizes["int8"]
+
+
+def test_what_compressors_say_of_themselves():
+    """The messages that tfaccel's own compressors make, for matrices of random gradients."""
+    random = np.random.default_rng(0)
+    gradients = [keras.ops.convert_to_tensor(random.normal(size=(512, 512)), "float32")] * 2
+    shapes = [tuple(gradient.shape) for gradient in gradients]
+    assert set(COSTS) == set(compressors.names()) - {"threshold"}
+    for name, cost in COSTS.items():
+        channel = Counting()
+        compressor = compressors.get(name)
+        payload, state = compressor.compress(gradients, compressor.init(shapes), channel)
+        compressor.communicate(payload, state, channel)
+        expected = cost.traffic(shapes)
+        assert channel.bytes == pytest.approx(expected.message_bytes, rel=0.15), name
+        assert channel.gathers is not expected.summable, name
+
+
+class Counting:
+    """A channel of two ranks that counts the bytes it is given."""
+
+    rank, size = 0, 2
+
+    def __init__(self):
+        self.bytes, self.gathers = 0, False
+
+    def mean(self, tensor, key):
+        self.bytes += tensor.numpy().nbytes
+        return tensor
+
+    mean_half = mean
+
+    def gather(self, message, key):
+        self.gathers = True
+        self.bytes += message.numpy().nbytes
+        return keras.ops.concatenate([message, message])
 
 
 def test_a_model_says_its_gradients_and_its_time():
