@@ -45,7 +45,7 @@ class CompressionCost:
         return traffic.values * (self.work_ns + read) / 1e9
 
 
-def sparse_bits(density: float, value_bits: int) -> float:
+def sparse_bits(density: float, value_bits: float) -> float:
     """Bits for each value of the gradients if a share of them is sent, each with its place.
 
     A place costs the entropy of the choice, H(d)/d bits, which a Golomb-Rice code comes close to.
