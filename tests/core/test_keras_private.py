@@ -247,3 +247,19 @@ def test_sequential_still_builds_by_the_first_layers_input_shape():
     plain = keras.layers.Dense(2)
     keras_private.set_input_shape_argument(plain, (3,))
     assert keras.Sequential([plain]).input_shape == (None, 3)
+
+
+def test_batch_normalization_still_asks_for_moments_once_in_training():
+    layer, asked = keras.layers.BatchNormalization(momentum=0.0), []
+
+    def hook(inputs, mask):
+        asked.append((inputs.shape, mask))
+        mean, variance = original(inputs, mask)
+        return mean + 1.0, variance
+
+    original = keras_private.replace_moments(layer, hook)
+    x = np.arange(8, dtype="float32").reshape(4, 2)
+    layer(x, training=True)
+    layer(x, training=False)
+    assert asked == [((4, 2), None)]
+    np.testing.assert_allclose(layer.moving_mean, x.mean(axis=0) + 1.0)

@@ -64,6 +64,12 @@ def exchanges():
                 tf.constant([1.0, 2.0], tf.bfloat16), op=hvd.Sum, postscale_factor=3.0
             )
         ),
+        "scattered both": [
+            listed(part)
+            for part in hvd.grouped_reducescatter(
+                [np.arange(2.0), np.full((2, 1), rank)], op=hvd.Sum
+            )
+        ],
         "built": [hvd.gloo_built(), hvd.gloo_enabled(), hvd.mpi_enabled(), hvd.is_homogeneous()],
         "cross": [hvd.cross_rank(), hvd.cross_size()],
     }

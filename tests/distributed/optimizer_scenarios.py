@@ -15,7 +15,6 @@ from tests.distributed.worker import (
     error_of,
     fit,
     make_data,
-    make_model,
     weights_of,
 )
 
@@ -81,13 +80,16 @@ def train(optimizer, data, batch, wrap=lambda tape: tape):
 def every_optimizer():
     data = make_data(BATCH * hvd.size() * 4)
     before = np.concatenate([np.asarray(v).ravel() for v in make_variables()])
+    names = [*optimizer_names(), "MultiOptimizer", "LossScaleOptimizer"]
+    plain = hvd.run_on_rank_0(
+        lambda: {name: train(make_optimizer(name), data, BATCH * hvd.size()) for name in names}
+    )
     found = {}
-    for name in [*optimizer_names(), "MultiOptimizer", "LossScaleOptimizer"]:
-        plain = train(make_optimizer(name), data, BATCH * hvd.size())
+    for name in names:
         ours = train(hvd.DistributedOptimizer(make_optimizer(name)), hvd.shard(data), BATCH)
         found[name] = {
-            "error": float(np.abs(ours - plain).max()),
-            "moved": float(np.abs(plain - before).max()),
+            "error": float(np.abs(ours - plain[name]).max()),
+            "moved": float(np.abs(plain[name] - before).max()),
         }
     return found
 
@@ -109,7 +111,11 @@ def options():
         keras.optimizers.SGD(0.05), backward_passes_per_step=2, average_aggregated_gradients=False
     )
     summed = train(summed, hvd.shard(data), BATCH)
+    passes = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), backward_passes_per_step=2)
+    passes = train(passes, hvd.shard(data), BATCH)
     return {
+        "sum": error(rate=0.1 / hvd.size(), op=hvd.Sum),
+        "backward passes": float(np.abs(passes - twice).max()),
         "predivided": error(gradient_predivide_factor=2.0),
         "groups": error(groups=2),
         "num_groups": error(num_groups=5),
@@ -184,11 +190,60 @@ def unlike_models():
     }
 
 
-def jit_auto():
-    """jit_compile="auto", which is what compile() does unless told otherwise."""
-    model = make_model()
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01))
-    data = hvd.shard(make_data(BATCH * 4))
-    before = weights_of(model)
-    fit(model, optimizer, data, BATCH, jit_compile="auto", steps_per_execution=2)
-    return float(np.abs(weights_of(model) - before).max())
+def local_layers():
+    """A layer of which each rank has its own, and the rest in common."""
+    keras.utils.set_random_seed(1)
+    shared = keras.layers.Dense(4, use_bias=False, name="shared")
+    own = keras.layers.Dense(CLASSES, use_bias=False, name="own")
+    model = keras.Sequential([keras.Input((FEATURES,)), shared, own])
+    own.kernel.assign(own.kernel * (1.0 + hvd.rank()))
+    x, y = make_data(BATCH, seed=hvd.rank())
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean((model(x) - y) ** 2)
+    gradients = tape.gradient(loss, [shared.kernel.value, own.kernel.value])
+    expected = [
+        shared.kernel.numpy() - 0.5 * hvd.allreduce(gradients[0]).numpy(),
+        own.kernel.numpy() - 0.5 * gradients[1].numpy() / hvd.size(),
+    ]
+    optimizer = hvd.PartialDistributedOptimizer(keras.optimizers.SGD(0.5), local_layers=own)
+    broadcast = hvd.callbacks.BroadcastGlobalVariablesCallback(0, local_variables=own.weights)
+    fit(model, optimizer, (x, y), BATCH, callbacks=[broadcast])
+    found = [shared.kernel.numpy(), own.kernel.numpy()]
+    # Twice more: the ranks' weights are compared, but not those of the local layer.
+    model.fit(x, y, BATCH, epochs=2, verbose=0)
+    return {
+        "errors": [float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True)],
+        "shared": shared.kernel.numpy().tolist(),
+        "own": own.kernel.numpy().tolist(),
+    }
+
+
+def batch_norm():
+    """Statistics of all ranks, values masked on one of them, and a layer used twice."""
+    x, y = make_data(BATCH * hvd.size() * STEPS)
+    x = x * 3.0 + 100.0  # far from zero, where differences of squares would lose their digits
+    batch = BATCH * hvd.size()
+
+    def make(normalization):
+        keras.utils.set_random_seed(2)
+        inputs = keras.Input((FEATURES,))
+        hidden = normalization(keras.layers.Dense(8)(normalization(inputs)[:, :FEATURES])[:, :6])
+        return keras.Model(inputs, keras.layers.Dense(CLASSES)(hidden))
+
+    plain = make(keras.layers.BatchNormalization(momentum=0.5))
+    before = weights_of(plain)
+    if hvd.rank() == 0:
+        fit(plain, keras.optimizers.SGD(0.1), (x, y), batch)
+    expected = hvd.broadcast_object(weights_of(plain))
+    ours = make(keras.layers.BatchNormalization(momentum=0.5))
+    assert hvd.synchronize_batch_norm(ours) is ours
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    fit(ours, optimizer, hvd.shard((x, y)), BATCH)
+    layer = hvd.SyncBatchNormalization(momentum=0.0)
+    values = np.array([[1.0], [3.0], [50.0]], "float32") + 10.0 * hvd.rank()
+    layer(values, mask=np.array([True, hvd.rank() == 0, False]), training=True)
+    return {
+        "error": float(np.abs(weights_of(ours) - expected).max()),
+        "moved": float(np.abs(expected - before).max()),
+        "masked": [float(layer.moving_mean[0]), float(layer.moving_variance[0])],
+    }

@@ -48,6 +48,7 @@ def test_operations_of_one_are_the_identity():
     np.testing.assert_array_equal(sent, x)
     np.testing.assert_array_equal(sizes, [4])
     np.testing.assert_array_equal(hvd.reducescatter(x, op=hvd.Sum, prescale_factor=0.5), x / 2)
+    np.testing.assert_array_equal(hvd.grouped_reducescatter([x])[0], x)
     assert hvd.allgather_object("me") == ["me"]
     assert hvd.join() == 0
     assert (hvd.cross_rank(), hvd.cross_size()) == (0, 1)
@@ -160,6 +161,8 @@ def test_exchanges_of_two(job):
     # Three rows for two ranks: the mean of x and x + 1.
     assert first["scattered"] == [[0.5, 1.5], [2.5, 3.5]]
     assert second["scattered"] == [[4.5, 5.5]]
+    assert first["scattered both"] == [[0], [[1]]]
+    assert second["scattered both"] == [[2], [[1]]]
     assert (first["scattered sum"], second["scattered sum"]) == ([6], [12])
 
 

@@ -85,37 +85,18 @@ def compare(make, make_optimizer, data, *, wrap=hvd.DistributedOptimizer, **opti
     before = weights_of(plain)
     size = hvd.size()
     fit(ours, wrap(make_optimizer()), hvd.shard(data), BATCH, **options)
-    fit(plain, make_optimizer(), data, BATCH * size, **options)
+    if hvd.rank() == 0:  # tracing takes longest, and one reference serves both
+        fit(plain, make_optimizer(), data, BATCH * size, **options)
+    expected = hvd.broadcast_object(weights_of(plain))
     return {
-        "error": float(np.abs(weights_of(ours) - weights_of(plain)).max()),
-        "moved": float(np.abs(weights_of(plain) - before).max()),
+        "error": float(np.abs(weights_of(ours) - expected).max()),
+        "moved": float(np.abs(expected - before).max()),
     }
 
 
 def equality():
     data = make_data(BATCH * hvd.size() * STEPS)
     return {name: compare(make_model, make, data) for name, make in OPTIMIZERS.items()}
-
-
-def backward_passes():
-    """backward_passes_per_step is Keras's own accumulation."""
-    data = make_data(BATCH * hvd.size() * STEPS)
-    wrap = functools.partial(hvd.DistributedOptimizer, backward_passes_per_step=2)
-    ours, plain = make_model(), make_model()
-    fit(ours, wrap(keras.optimizers.Adam(0.01)), hvd.shard(data), BATCH)
-    accumulating = keras.optimizers.Adam(0.01, gradient_accumulation_steps=2)
-    fit(plain, accumulating, data, BATCH * hvd.size())
-    return float(np.abs(weights_of(ours) - weights_of(plain)).max())
-
-
-def summed():
-    """op=Sum with a learning rate N times smaller is the average."""
-    data = make_data(BATCH * hvd.size() * STEPS)
-    ours, plain = make_model(), make_model()
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1 / hvd.size()), op=hvd.Sum)
-    fit(ours, optimizer, hvd.shard(data), BATCH)
-    fit(plain, keras.optimizers.SGD(0.1), data, BATCH * hvd.size())
-    return float(np.abs(weights_of(ours) - weights_of(plain)).max())
 
 
 def sparse():
@@ -410,8 +391,8 @@ def save(folder):
 
 def resume(folder):
     """Goes on from a saved model, optimizer state and all."""
-    model = keras.saving.load_model(folder / "model.keras")
-    optimizer = hvd.DistributedOptimizer(model.optimizer)
+    model = hvd.load_model(folder / "model.keras")
+    optimizer = model.optimizer
     before = int(optimizer.iterations)
     model.fit(*make_data(BATCH * 4, seed=hvd.rank()), BATCH, verbose=0)
     return {"before": before, "after": int(optimizer.iterations), "end": weights_of(model).tolist()}

@@ -156,6 +156,16 @@ def watch_applied_variables(
     optimizer._backend_apply_gradients = apply  # noqa: SLF001
 
 
+def replace_moments(layer: keras.layers.BatchNormalization, hook: Any) -> Any:
+    """Makes one layer call `hook(inputs, mask)` for the mean and variance of a batch.
+
+    Returns what it called before. The attribute is set on the instance, its class stays as it is.
+    """
+    original = layer._moments  # noqa: SLF001
+    layer._moments = hook  # noqa: SLF001
+    return original
+
+
 def trained_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """Returns the variables that an optimizer was built for."""
     return list(optimizer._trainable_variables)  # noqa: SLF001

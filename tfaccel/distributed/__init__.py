@@ -4,6 +4,7 @@ Horovod itself is loaded by `init()`, and only in a process that horovodrun star
 """
 
 from tfaccel.distributed import callbacks, elastic
+from tfaccel.distributed.batch_norm import SyncBatchNormalization, synchronize_batch_norm
 from tfaccel.distributed.builds import (
     ccl_built,
     cuda_built,
@@ -24,6 +25,7 @@ from tfaccel.distributed.collectives import (
     allreduce,
     barrier,
     grouped_allreduce,
+    grouped_reducescatter,
     join,
     reducescatter,
 )
@@ -38,9 +40,10 @@ from tfaccel.distributed.error_feedback import ErrorFeedback
 from tfaccel.distributed.gathering import allgather, alltoall, broadcast, grouped_allgather
 from tfaccel.distributed.half_precision import Compression
 from tfaccel.distributed.jobs import check_horovod, run_workers
+from tfaccel.distributed.loading import load_model
 from tfaccel.distributed.local_sgd import LocalSGD
 from tfaccel.distributed.objects import allgather_object, broadcast_object, broadcast_variables
-from tfaccel.distributed.optimizer import DistributedOptimizer
+from tfaccel.distributed.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 from tfaccel.distributed.parameter_server import ParameterServer
 from tfaccel.distributed.pipeline import Pipeline
 from tfaccel.distributed.powersgd import LowRank, PowerSGD
@@ -99,6 +102,7 @@ __all__ = [
     "Min",
     "NoCompression",
     "ParameterServer",
+    "PartialDistributedOptimizer",
     "Pipeline",
     "PowerSGD",
     "ProcessSet",
@@ -107,6 +111,7 @@ __all__ = [
     "ReduceOp",
     "ScaledSign",
     "Sum",
+    "SyncBatchNormalization",
     "Threshold",
     "TopK",
     "add_process_set",
@@ -132,11 +137,13 @@ __all__ = [
     "gloo_enabled",
     "grouped_allgather",
     "grouped_allreduce",
+    "grouped_reducescatter",
     "init",
     "is_homogeneous",
     "is_initialized",
     "is_launched",
     "join",
+    "load_model",
     "local_rank",
     "local_size",
     "mpi_built",
@@ -157,4 +164,5 @@ __all__ = [
     "size",
     "start_timeline",
     "stop_timeline",
+    "synchronize_batch_norm",
 ]

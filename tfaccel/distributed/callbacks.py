@@ -1,6 +1,7 @@
 """Callbacks for `fit` on several workers, with the names of `horovod.keras.callbacks`."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -49,15 +50,30 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     Args:
         root_rank: the rank whose values they get.
         device: accepted for Horovod's sake.
+        local_variables: those that stay as they are on each rank.
     """
 
-    def __init__(self, root_rank: int = 0, device: str = "") -> None:  # noqa: ARG002
+    def __init__(
+        self,
+        root_rank: int = 0,
+        device: str = "",  # noqa: ARG002
+        local_variables: Sequence[keras.Variable] | None = None,
+    ) -> None:
         super().__init__()
         check_type("root_rank", root_rank, int)
         if root_rank < 0:
             raise ValueError(f"root_rank must be a rank, from 0, but got {root_rank}.")
         self.root_rank = root_rank
+        self._local_variables = list(local_variables or ())
         self.broadcast_done = False
+
+    def register_local_var(self, var: keras.Variable) -> None:
+        """Has one more variable stay as it is on each rank.
+
+        Args:
+            var: a variable of the model.
+        """
+        self._local_variables.append(var)
 
     def set_model(self, model: keras.Model) -> None:
         """Turns off XLA before Keras makes the training step."""
@@ -105,7 +121,8 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             if not optimizer.built:
                 optimizer.build(self.model.trainable_variables)
             variables += optimizer.variables
-        broadcast_variables(variables, self.root_rank)
+        own = {id(variable) for variable in self._local_variables}
+        broadcast_variables([v for v in variables if id(v) not in own], self.root_rank)
         self.broadcast_done = True
 
 

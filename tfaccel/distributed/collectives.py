@@ -169,6 +169,42 @@ def reducescatter(
     return tf.cast(part, value.dtype)
 
 
+@untranslated
+def grouped_reducescatter(
+    tensors: Sequence[Any],
+    device_dense: str = "",
+    compression: Any = None,
+    op: ReduceOp | None = None,
+    name: str | None = None,
+    process_set: Any = None,
+    ignore_name_scope: bool = True,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+) -> list[Any]:
+    """Combines several tensors of every rank and leaves each rank its part of the rows of each.
+
+    Args:
+        tensors: [rows, ...] each; as many on all ranks, of the same shapes.
+        device_dense: as for `reducescatter`, and so is all else.
+        compression: None, or one of `Compression`.
+        op: Average (unless said otherwise) or Sum.
+        name: that the operations' names begin with, the same on all ranks.
+        process_set: the ranks that take part; None for all.
+        ignore_name_scope: accepted for Horovod's sake.
+        prescale_factor: before.
+        postscale_factor: afterwards.
+
+    Returns:
+        [own rows, ...] each.
+    """
+    own = unique_name(name, "tfaccel_reducescatters")
+    more = (process_set, ignore_name_scope, prescale_factor, postscale_factor)
+    return [
+        reducescatter(tensor, device_dense, compression, op, f"{own}.{index}", *more)
+        for index, tensor in enumerate(tensors)
+    ]
+
+
 def barrier(process_set: Any = None) -> None:
     """Waits until every rank has come here.
 

@@ -7,10 +7,11 @@ import keras
 
 from tfaccel.core import keras_private
 from tfaccel.core.checks import check_type
-from tfaccel.distributed import restarts, runtime
+from tfaccel.distributed import process_sets, restarts, runtime
 from tfaccel.distributed.drift import WeightsCheck
 from tfaccel.distributed.gradient_exchange import ExchangeOptions, GradientExchange
 from tfaccel.distributed.overflow import agree_on_overflow
+from tfaccel.distributed.reduction import scaled
 from tfaccel.distributed.runtime import Average, ReduceOp
 
 _HOOK = "_tfaccel_reducer"
@@ -30,6 +31,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     num_groups: int = 0,
     groups: Any = None,
     process_set: Any = None,
+    local_layers: Sequence[keras.layers.Layer] = (),
+    scale_local_gradients: bool = True,
 ) -> keras.optimizers.Optimizer:
     """Makes an optimizer average its gradients over all workers, in `fit` and in custom loops.
 
@@ -66,6 +69,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             for one per data type.
         process_set: the ranks that take part; None for all. On any other rank the optimizer stays
             as it is.
+        local_layers: layers of which each rank has its own: their gradients stay where they are.
+        scale_local_gradients: divides those by the number of ranks, as an average would be.
 
     Returns:
         `optimizer`.
@@ -111,10 +116,32 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         return optimizer
     reducer = _Reducer(inner, name or f"tfaccel_optimizer{number}", options)
     reducer.factor = 1 if average_aggregated_gradients else backward_passes_per_step
+    reducer.local_layers = list(local_layers)
+    reducer.scale_local_gradients = scale_local_gradients
     setattr(inner, _HOOK, reducer)
     if inner is not optimizer and not alone:
         agree_on_overflow(optimizer, reducer.name, process_set)
     return optimizer
+
+
+def PartialDistributedOptimizer(  # noqa: N802 - Horovod's name
+    optimizer: keras.optimizers.Optimizer, *args: Any, **kwargs: Any
+) -> keras.optimizers.Optimizer:
+    """`DistributedOptimizer` under the name that Horovod gives it with `local_layers`.
+
+    Args:
+        optimizer: any Keras optimizer.
+        args: as for `DistributedOptimizer`.
+        kwargs: as for `DistributedOptimizer`; `local_layers` may be a single layer.
+
+    Returns:
+        `optimizer`.
+    """
+    local = kwargs.pop("local_layers", None) or ()
+    kwargs["local_layers"] = [local] if isinstance(local, keras.layers.Layer) else list(local)
+    for layer in kwargs["local_layers"]:
+        check_type("local_layers", layer, keras.layers.Layer)
+    return DistributedOptimizer(optimizer, *args, **kwargs)
 
 
 def _parts(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
@@ -179,6 +206,8 @@ class _Reducer:
     ) -> None:
         self.name = name
         self.factor = 1
+        self.local_layers: list[keras.layers.Layer] = []
+        self.scale_local_gradients = True
         self._optimizer = optimizer
         self._options = options
         self.exchanges: list[GradientExchange] = []
@@ -221,9 +250,17 @@ class _Reducer:
                     "model.compile(..., jit_compile=False), or leave jit_compile='auto' and give "
                     "fit() the BroadcastGlobalVariablesCallback, which turns XLA off."
                 )
-            reduced = exchange.run(grads, applied)
+            # Asked for here: layers that were not built have no variables before.
+            own = {id(v) for layer in self.local_layers for v in layer.trainable_variables}
+            shared = [i for i, variable in enumerate(applied) if id(variable) not in own]
+            count = process_sets.members(options.process_set) if self.scale_local_gradients else 1
+            reduced = [scaled(gradient, 1.0 / count) for gradient in grads] if own else list(grads)
+            found = exchange.run([grads[i] for i in shared], [applied[i] for i in shared])
+            for index, gradient in zip(shared, found, strict=True):
+                reduced[index] = gradient
             if not alone:
-                check.run(keras_private.trained_variables(part))
+                trained = keras_private.trained_variables(part)
+                check.run([variable for variable in trained if id(variable) not in own])
             if self.factor != 1:
                 reduced = [gradient * self.factor for gradient in reduced]
             return clip(reduced)

@@ -44,7 +44,7 @@ def reduce_tensors(
 
     if horovod() is None:  # an elastic job that is down to one worker
         scale = prescale_factor * postscale_factor
-        return [t if t is None else _scaled(t, scale) for t in tensors]
+        return [t if t is None else scaled(t, scale) for t in tensors]
     bits = sent_in_16_bits(compression)
     native = process_sets.native_process_set(process_set)
     count = process_sets.members(process_set)
@@ -54,20 +54,20 @@ def reduce_tensors(
     for index, tensor in enumerate(tensors):
         if isinstance(tensor, tf.IndexedSlices):
             slices = _gather_slices(tensor, op, f"{name}.sparse{index}", native, count)
-            reduced[index] = _scaled(slices, scale)
+            reduced[index] = scaled(slices, scale)
         elif tensor is not None:
             groups.setdefault(_sent_type(tensor.dtype), []).append(index)
     for sent_type, indices in groups.items():
         own = f"{name}.{sent_type.name}"
         sent = [tf.cast(tensors[i], sent_type) for i in indices]
         if op == Adasum:
-            sent = [_scaled(tensor, prescale_factor) for tensor in sent]
+            sent = [scaled(tensor, prescale_factor) for tensor in sent]
             results = reduce_by_adasum(sent, own, native, count)
-            results = [_scaled(tensor, postscale_factor) for tensor in results]
+            results = [scaled(tensor, postscale_factor) for tensor in results]
         elif bits and sent_type.is_floating:
-            sent = [_scaled(tensor, prescale_factor) for tensor in sent]
+            sent = [scaled(tensor, prescale_factor) for tensor in sent]
             results = reduce_in_16_bits(sent, bits, op, own, process_set)
-            results = [_scaled(tensor, postscale_factor) for tensor in results]
+            results = [scaled(tensor, postscale_factor) for tensor in results]
         else:
             # With the scope ignored the name does not depend on where in the graph this is called.
             results = horovod().grouped_allreduce(
@@ -108,14 +108,14 @@ def _gather_slices(slices: Any, op: ReduceOp, name: str, native: Any, count: int
     return tf.IndexedSlices(tf.cast(values, slices.dtype), indices, slices.dense_shape)
 
 
-def _scaled(value: Any, factor: float) -> Any:
-    """A tensor, or slices, times a factor."""
+def scaled(value: Any, factor: float) -> Any:
+    """Returns a tensor, or slices, times a factor."""
     import tensorflow as tf
 
     if factor == 1.0:
         return value
     if isinstance(value, tf.IndexedSlices):
-        return tf.IndexedSlices(_scaled(value.values, factor), value.indices, value.dense_shape)
+        return tf.IndexedSlices(scaled(value.values, factor), value.indices, value.dense_shape)
     return value * tf.cast(factor, value.dtype)
 
 
