@@ -98,6 +98,17 @@ def agreements(folder):
     }
 
 
+def no_exchange():
+    """An optimizer that nobody made a DistributedOptimizer of, on other data on each rank."""
+    broadcast = hvd.callbacks.BroadcastGlobalVariablesCallback()
+
+    def train(seed):
+        data = make_data(BATCH * 3, seed=seed)
+        fit(make_model(), keras.optimizers.SGD(0.1), data, BATCH, callbacks=[broadcast])
+
+    return [error_of(lambda: train(hvd.rank())), error_of(lambda: train(0))]
+
+
 def unequal_data():
     """Five batches on rank 0 and three on rank 1, and nobody knows beforehand."""
     lengths = []

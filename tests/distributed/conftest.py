@@ -53,6 +53,7 @@ def job(tmp_path_factory):
         *(f"optimizer.{name}" for name in ("every_optimizer", "options", "tapes")),
         *(f"optimizer.{name}" for name in ("unlike_models", "local_layers", "batch_norm")),
         *(f"callback.{name}" for name in ("warmup", "agreements", "unequal_data")),
+        "callback.no_exchange",
         "callback.digits_example",
         *("drift", "late_drift", "compiled_by_xla", "save", "resume"),
     )

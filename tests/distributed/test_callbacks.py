@@ -59,6 +59,15 @@ def test_broadcast_gives_all_ranks_the_state_of_one(job):
 
 
 @pytest.mark.horovod
+def test_an_optimizer_that_exchanges_nothing_is_an_error(job):
+    for apart, alike in job["no_exchange"]:
+        assert apart[0] == "RuntimeError"
+        assert "After 2 batches the weights of the ranks differ: " in apart[1]
+        assert "give compile() a DistributedOptimizer" in apart[1]
+        assert alike is None
+
+
+@pytest.mark.horovod
 def test_metrics_become_the_mean_over_ranks(job):
     found = job["metric_average"]
     # With a learning rate of 0 each rank's metrics are those of the untrained model on its data.

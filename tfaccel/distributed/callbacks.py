@@ -10,11 +10,13 @@ import numpy as np
 from tfaccel.core.checks import check_type
 from tfaccel.distributed import runtime
 from tfaccel.distributed.collectives import allreduce
+from tfaccel.distributed.drift import WeightsCheck
 from tfaccel.distributed.learning_rates import (
     LearningRateScheduleCallback,
     LearningRateWarmupCallback,
 )
 from tfaccel.distributed.objects import broadcast_variables
+from tfaccel.distributed.optimizer import is_distributed
 from tfaccel.distributed.rank_zero import on_rank_0
 from tfaccel.distributed.stopping import (
     EarlyStopping,
@@ -35,6 +37,7 @@ __all__ = [
     "on_rank_0",
 ]
 
+_COMPARED_AFTER = 2  # batches
 _log = logging.getLogger("tfaccel.distributed")
 
 
@@ -43,6 +46,10 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
     Random-seed states are left alone, so that dropout differs between ranks. The model should be
     built; one that is not gets its weights in the first batch, and they are broadcast after it.
+
+    An optimizer that exchanges no gradients lets the ranks' weights part without a word. If it is
+    no `DistributedOptimizer`, they are compared once, after the second batch, and a difference is
+    an error: something else (a tape, a training step of your own) has to keep them together.
 
     XLA cannot compile the exchange of gradients. Where `jit_compile="auto"` has turned it on, as
     Keras does on GPUs, this callback turns it off.
@@ -65,6 +72,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             raise ValueError(f"root_rank must be a rank, from 0, but got {root_rank}.")
         self.root_rank = root_rank
         self._local_variables = list(local_variables or ())
+        self._batches = 0
         self.broadcast_done = False
 
     def register_local_var(self, var: keras.Variable) -> None:
@@ -87,6 +95,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         """Checks the rank, and gets ready."""
         runtime.check_rank(self.root_rank)
         self.broadcast_done = runtime.workers() == 1
+        self._batches = 0
 
     def on_train_batch_begin(
         self,
@@ -113,6 +122,24 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         """Broadcasts after the first batch if there was nothing to broadcast before."""
         if not self.broadcast_done:
             self._broadcast()
+        self._batches += 1
+        if self._batches == _COMPARED_AFTER and runtime.workers() > 1:
+            self._compare()
+
+    def _compare(self) -> None:
+        optimizer = self.model.optimizer
+        if optimizer is None or is_distributed(optimizer):
+            return
+        own = {id(variable) for variable in self._local_variables}
+        trained = [v for v in self.model.trainable_variables if id(v) not in own]
+        different = WeightsCheck("tfaccel_first_batches").find(trained)
+        if different:
+            raise RuntimeError(
+                f"After {_COMPARED_AFTER} batches the weights of the ranks differ: {different[0]} "
+                f"(and {len(different) - 1} more of {len(trained)}). {optimizer.name!r} does not "
+                "exchange gradients: give compile() a DistributedOptimizer. (LocalSGD broadcasts "
+                "the weights itself: leave this callback out.)"
+            )
 
     def _broadcast(self) -> None:
         optimizer = self.model.optimizer

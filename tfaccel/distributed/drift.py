@@ -62,11 +62,33 @@ class WeightsCheck:
         due = tf.reduce_any(update == tf.constant(CHECKED_UPDATES, tf.int64))
         tf.cond(due, lambda: self._compare(variables, update), lambda: tf.constant(False))
 
+    def find(self, variables: Sequence[Any]) -> list[str]:
+        """Returns the paths of the variables whose weights differ between ranks, right now.
+
+        Args:
+            variables: as for `run`; called outside of a graph, by all ranks.
+        """
+        flags = np.asarray(self._differences(variables))
+        return [path_of(v) for v, flag in zip(variables, flags, strict=True) if flag]
+
     def _count(self) -> Any:
         self._counted += 1
         return np.int64(self._counted)
 
     def _compare(self, variables: Sequence[Any], update: Any) -> Any:
+        import tensorflow as tf
+
+        anywhere = self._differences(variables)
+        paths = [path_of(v) for v in variables]
+
+        def report(flags: Any, update: Any) -> Any:
+            _raise_if_any(flags, int(update), paths)
+            return np.bool_(False)
+
+        return tf.numpy_function(report, [anywhere, update], tf.bool)
+
+    def _differences(self, variables: Sequence[Any]) -> Any:
+        """Which variables differ from the first rank's on any rank; [variables] int32."""
         import tensorflow as tf
 
         hvd, group = horovod(), native_process_set(self._process_set)
@@ -78,20 +100,13 @@ class WeightsCheck:
             ]
         )
         # Every rank learns of it, so that all of them end.
-        anywhere = hvd.allreduce(
+        return hvd.allreduce(
             tf.cast(differs, tf.int32),
             op=hvd.Max,
             name=self._name,
             ignore_name_scope=True,
             process_set=group,
         )
-        paths = [str(getattr(v, "path", None) or v.name) for v in variables]
-
-        def report(flags: Any, update: Any) -> Any:
-            _raise_if_any(flags, int(update), paths)
-            return np.bool_(False)
-
-        return tf.numpy_function(report, [anywhere, update], tf.bool)
 
     def _differs(self, variable: Any, name: str, root: int, group: Any) -> Any:
         """Whether a variable differs from the first rank's by more than rounding; [] bool."""
@@ -110,6 +125,11 @@ class WeightsCheck:
         distance = tf.where(same, tf.zeros_like(value), tf.abs(value - first))
         # Written so that an infinite or undefined distance counts as a difference.
         return ~tf.reduce_all(distance <= units * tf.reduce_max(tf.abs(first)))
+
+
+def path_of(variable: Any) -> str:
+    """Returns the name that an error gives to a Keras or TensorFlow variable, or to a tensor."""
+    return str(getattr(variable, "path", None) or getattr(variable, "name", "tensor"))
 
 
 def _raise_if_any(flags: Any, update: int, paths: Sequence[str]) -> None:

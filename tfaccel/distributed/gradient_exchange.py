@@ -9,6 +9,7 @@ import keras
 from tfaccel.distributed import process_sets, restarts
 from tfaccel.distributed.compressed_exchange import CompressedExchange
 from tfaccel.distributed.compressors import Compressor, resolve_compression
+from tfaccel.distributed.drift import path_of
 from tfaccel.distributed.half_precision import sent_in_16_bits
 from tfaccel.distributed.reduction import reduce_tensors
 from tfaccel.distributed.runtime import (
@@ -213,11 +214,6 @@ class GradientExchange:
             labels.append(path_of(variable))
         native = process_sets.native_process_set(options.process_set)
         require_agreement("the gradients to exchange", lines, labels, native)
-
-
-def path_of(variable: Any) -> str:
-    """Returns the name that an error gives to a Keras or TensorFlow variable, or to a tensor."""
-    return str(getattr(variable, "path", None) or getattr(variable, "name", "tensor"))
 
 
 def _split(indices: list[int], groups: Any, variables: Sequence[Any]) -> list[list[int]]:

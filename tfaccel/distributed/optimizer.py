@@ -113,6 +113,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     if hasattr(inner, _HOOK):
         raise ValueError(f"The optimizer {inner.name!r} is distributed already. Wrap it once.")
     if process_set is not None and not process_set.included():
+        setattr(inner, _HOOK, None)
         return optimizer
     reducer = _Reducer(inner, name or f"tfaccel_optimizer{number}", options)
     reducer.factor = 1 if average_aggregated_gradients else backward_passes_per_step
@@ -162,6 +163,13 @@ def _check_momentum(parts: Sequence[keras.optimizers.Optimizer], compression: An
                 f"Momentum would be applied twice: {part.name!r} has momentum={own} and "
                 f"{type(compression).__name__} {here}. Give keras.optimizers.SGD(momentum=0.0)."
             )
+
+
+def is_distributed(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether `DistributedOptimizer` was given it, on a rank outside of its process set as well."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    return hasattr(optimizer, _HOOK)
 
 
 def exchanges_of(optimizer: keras.optimizers.Optimizer) -> list[GradientExchange]:
