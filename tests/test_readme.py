@@ -159,6 +159,24 @@ def test_guide_to_quantization_runs_as_it_stands(tmp_path, monkeypatch):
     assert (tmp_path / "noise.html").exists()
 
 
+def test_guide_to_gradient_compression_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    found = blocks(DISTILLATION.parent / "gradient_compression.md")
+    assert len(found) == 4
+    x, y = make_data(64)
+    names = {"x": x, "y": y, "model": sequential()}
+    try:
+        for number, text in enumerate(found):
+            code = re.sub(r"\bepochs=", "verbose=0, epochs=", text)
+            exec(compile(code, f"gradient_compression.md, block {number}", "exec"), names)  # noqa: S102
+    finally:
+        names["hvd"].shutdown()
+    assert capsys.readouterr().out == "TopK\n"
+    # Momentum is DGC's, alone too, and its state stands beside the plain model.
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"model-1.keras", "model-1.compression-0-of-1.npz"}
+
+
 def test_commands_exist_with_their_options():
     text = README.read_text(encoding="utf-8")
     for line in re.findall(r"^    tfaccel (.+?)(?:\s+#.*)?$", text, re.MULTILINE):
