@@ -71,6 +71,9 @@ def exchanges():
             )
         ],
         "built": [hvd.gloo_built(), hvd.gloo_enabled(), hvd.mpi_enabled(), hvd.is_homogeneous()],
+        "in a graph": [
+            int(op()) for op in (hvd.rank_op, hvd.size_op, hvd.local_rank_op, hvd.local_size_op)
+        ],
         "cross": [hvd.cross_rank(), hvd.cross_size()],
     }
 

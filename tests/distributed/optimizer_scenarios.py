@@ -144,6 +144,12 @@ def tapes():
 
     sparse = gradients(tf.constant([hvd.rank(), 3]), False)
     dense = gradients(tf.constant([hvd.rank(), 3]), True)
+    layer = keras.layers.Dense(1, use_bias=False)
+    layer.build((None, 1))
+    with tf.GradientTape() as tape:
+        loss = (1.0 + hvd.rank()) * (table[0, 0] + layer.kernel.value[0, 0])
+    tape = hvd.PartialDistributedGradientTape(tape, local_layers=layer)
+    partial = tape.gradient(loss, [table, layer.kernel])
     with hvd.DistributedGradientTape(tf.GradientTape(persistent=True)) as tape:
         loss = table[0, 0] * (1.0 + hvd.rank())
     first = tape.gradient(loss, table)
@@ -152,6 +158,7 @@ def tapes():
         "kinds": [type(sparse["table"]).__name__, str(sparse["unused"])],
         "sparse": tf.convert_to_tensor(sparse["table"]).numpy().tolist(),
         "dense": dense["table"].numpy().tolist(),
+        "partial": [float(tf.convert_to_tensor(g)[0, 0]) for g in partial],
         "persistent": [
             float(tf.convert_to_tensor(g)[0, 0]) for g in (first, tape.gradient(loss, table))
         ],

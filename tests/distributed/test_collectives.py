@@ -51,6 +51,9 @@ def test_operations_of_one_are_the_identity():
     np.testing.assert_array_equal(hvd.grouped_reducescatter([x])[0], x)
     assert hvd.allgather_object("me") == ["me"]
     assert hvd.join() == 0
+    alone = (hvd.rank_op(), hvd.size_op(), hvd.local_rank_op(), hvd.local_size_op())
+    assert [int(value) for value in alone] == [0, 1, 0, 1]
+    assert int(hvd.process_set_included_op()) == 1
     assert (hvd.cross_rank(), hvd.cross_size()) == (0, 1)
     assert not hvd.gloo_enabled()
     assert not hvd.mpi_enabled()
@@ -154,6 +157,8 @@ def test_exchanges_of_two(job):
         assert found["objects"] == [{"rank": 0, "length": ""}, {"rank": 1, "length": "x"}]
         assert found["built"] == [True, True, False, True]
         assert found["cross"] == [0, 1]
+    assert first["in a graph"] == [0, 2, 0, 2]
+    assert second["in a graph"] == [1, 2, 1, 2]
     assert first["even"] == [0, 1, 10, 11]
     assert second["even"] == [2, 3, 12, 13]
     assert first["uneven"] == [[0, 10, 11, 12], [1, 3]]

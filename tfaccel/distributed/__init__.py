@@ -38,6 +38,13 @@ from tfaccel.distributed.compressors import FP16, BFloat16, Compressor, NoCompre
 from tfaccel.distributed.dgc import DGC
 from tfaccel.distributed.error_feedback import ErrorFeedback
 from tfaccel.distributed.gathering import allgather, alltoall, broadcast, grouped_allgather
+from tfaccel.distributed.graph_queries import (
+    local_rank_op,
+    local_size_op,
+    process_set_included_op,
+    rank_op,
+    size_op,
+)
 from tfaccel.distributed.half_precision import Compression
 from tfaccel.distributed.jobs import check_horovod, run_workers
 from tfaccel.distributed.loading import load_model
@@ -76,7 +83,7 @@ from tfaccel.distributed.runtime import (
 )
 from tfaccel.distributed.sharding import shard
 from tfaccel.distributed.sparsifiers import RandomK, Threshold, TopK
-from tfaccel.distributed.tape import DistributedGradientTape
+from tfaccel.distributed.tape import DistributedGradientTape, PartialDistributedGradientTape
 from tfaccel.distributed.worker_data import end_together
 
 __all__ = [
@@ -102,6 +109,7 @@ __all__ = [
     "Min",
     "NoCompression",
     "ParameterServer",
+    "PartialDistributedGradientTape",
     "PartialDistributedOptimizer",
     "Pipeline",
     "PowerSGD",
@@ -145,13 +153,17 @@ __all__ = [
     "join",
     "load_model",
     "local_rank",
+    "local_rank_op",
     "local_size",
+    "local_size_op",
     "mpi_built",
     "mpi_enabled",
     "mpi_threads_supported",
     "nccl_built",
     "on_rank_0",
+    "process_set_included_op",
     "rank",
+    "rank_op",
     "reducescatter",
     "remove_process_set",
     "restore_compression_state",
@@ -162,6 +174,7 @@ __all__ = [
     "shard",
     "shutdown",
     "size",
+    "size_op",
     "start_timeline",
     "stop_timeline",
     "synchronize_batch_norm",

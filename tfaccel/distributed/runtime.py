@@ -71,7 +71,7 @@ def init(comm: None = None, process_sets: Any = None) -> None:
 def shutdown() -> None:
     """Leaves the job. Workers that still wait for this one get an error."""
     global _alone  # noqa: PLW0603
-    module = _running_horovod()
+    module = running_horovod()
     if module is not None:
         module.shutdown()
     _alone = False
@@ -82,7 +82,7 @@ def shutdown() -> None:
 
 def is_initialized() -> bool:
     """Whether `init()` was called, here or in Horovod itself."""
-    return _alone or _running_horovod() is not None
+    return _alone or running_horovod() is not None
 
 
 def is_launched() -> bool:
@@ -136,7 +136,7 @@ def workers() -> int:
 
 def horovod() -> Any:
     """The `horovod.tensorflow` module of a job with several workers; None in one that is alone."""
-    return _running_horovod() if workers() > 1 else None
+    return running_horovod() if workers() > 1 else None
 
 
 def require_agreement(
@@ -212,8 +212,8 @@ def check_rank(root_rank: int) -> None:
         )
 
 
-def _running_horovod() -> Any:
-    """Horovod if it was started, by us or by the user; never imported for the question alone."""
+def running_horovod() -> Any:
+    """Returns Horovod if it was started, by us or by the user; it is never imported for that."""
     module = sys.modules.get("horovod.tensorflow")
     return module if module is not None and module.is_initialized() else None
 
@@ -234,7 +234,7 @@ def _import_horovod() -> Any:
 
 
 def _ask(question: str, alone: int) -> int:
-    module = _running_horovod()
+    module = running_horovod()
     if module is not None:
         return int(getattr(module, question)())
     if _alone:

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tfaccel.distributed import restarts, runtime
+from tfaccel.distributed import process_sets, restarts, runtime
 from tfaccel.distributed.compressors import Compressor
 from tfaccel.distributed.drift import WeightsCheck
 from tfaccel.distributed.gathering import unique_name
 from tfaccel.distributed.gradient_exchange import ExchangeOptions, GradientExchange
 from tfaccel.distributed.graphs import untranslated
+from tfaccel.distributed.reduction import scaled
 from tfaccel.distributed.runtime import Average, ReduceOp
 
 # A loop makes a new tape at every step; what belongs to its variables is kept from one to the next.
@@ -27,7 +28,7 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
     num_groups: int = 0,
     groups: Any = None,
     process_set: Any = None,
-    scale_local_gradients: bool = True,  # noqa: ARG001
+    scale_local_gradients: bool = True,
 ) -> Any:
     """Makes a `tf.GradientTape` average its gradients over all ranks.
 
@@ -45,10 +46,12 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
         num_groups: Horovod's old name for a number of `groups`.
         groups: into how many operations gradients are put, or lists of variables.
         process_set: the ranks that take part; None for all.
-        scale_local_gradients: accepted for Horovod's sake; there are no local layers here.
+        scale_local_gradients: divides the gradients of what `register_local_source` names by the
+            number of ranks, as an average would be.
 
     Returns:
-        A tape that does all that `gradtape` does.
+        A tape that does all that `gradtape` does, and has `register_local_source(variable)`: its
+        gradient stays on this rank.
 
     Raises:
         ValueError: an argument is out of range.
@@ -65,15 +68,49 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
     alone = runtime.workers() == 1 and not runtime.is_elastic()
     if alone or (process_set is not None and not process_set.included()):
         return gradtape
-    return _DistributedTape(gradtape, options)
+    return _DistributedTape(gradtape, options, scale_local_gradients)
+
+
+@untranslated
+def PartialDistributedGradientTape(  # noqa: N802 - Horovod's name
+    gradtape: Any, *args: Any, local_layers: Any = None, **kwargs: Any
+) -> Any:
+    """`DistributedGradientTape` with layers of which each rank has its own.
+
+    Args:
+        gradtape: a `tf.GradientTape`.
+        args: as for `DistributedGradientTape`.
+        local_layers: a Keras layer or several; their gradients stay where they are.
+        kwargs: as for `DistributedGradientTape`.
+
+    Returns:
+        A tape.
+    """
+    tape = DistributedGradientTape(gradtape, *args, **kwargs)
+    if isinstance(tape, _DistributedTape):
+        layers = local_layers if isinstance(local_layers, list | tuple) else [local_layers]
+        for layer in layers:
+            for variable in layer.trainable_variables if layer is not None else ():
+                tape.register_local_source(variable)
+    return tape
 
 
 class _DistributedTape:
     """A tape whose `gradient` is combined over all ranks; all else is the tape's own."""
 
-    def __init__(self, tape: Any, options: ExchangeOptions) -> None:
+    def __init__(self, tape: Any, options: ExchangeOptions, scale_local: bool) -> None:
         self._tape = tape
         self._options = options
+        self._scale_local = scale_local
+        self._local: set[int] = set()
+
+    def register_local_source(self, source: Any) -> None:
+        """Keeps the gradient of one variable on this rank.
+
+        Args:
+            source: a Keras or TensorFlow variable.
+        """
+        self._local.add(_identity(source))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tape, name)
@@ -106,9 +143,18 @@ class _DistributedTape:
             return own
         flat = tf.nest.flatten(sources)
         gradients = tf.nest.flatten(own)
-        exchange, check = _exchange_of(flat, self._options)
-        reduced = exchange.run(gradients, flat, unique_name(None, exchange.name))
-        variables = [source for source in flat if _is_variable(source)]
+        shared = [i for i, source in enumerate(flat) if _identity(source) not in self._local]
+        exchange, check = _exchange_of([flat[i] for i in shared], self._options)
+        found = exchange.run(
+            [gradients[i] for i in shared],
+            [flat[i] for i in shared],
+            unique_name(None, exchange.name),
+        )
+        count = process_sets.members(self._options.process_set) if self._scale_local else 1
+        reduced = [g if g is None else scaled(g, 1.0 / count) for g in gradients]
+        for index, gradient in zip(shared, found, strict=True):
+            reduced[index] = gradient
+        variables = [flat[i] for i in shared if _is_variable(flat[i])]
         if variables:
             check.run(variables)
         return tf.nest.pack_sequence_as(sources, reduced)
@@ -131,6 +177,13 @@ def _exchange_of(
         check = WeightsCheck(f"{name}.check", options.process_set)
         _exchanges[key] = (GradientExchange(name, options), check)
     return _exchanges[key]
+
+
+def _identity(source: Any) -> int:
+    """A number of a variable's own, whether it is given as Keras's or as TensorFlow's."""
+    import keras
+
+    return id(source.value if isinstance(source, keras.Variable) else source)
 
 
 def _is_variable(source: Any) -> bool:
