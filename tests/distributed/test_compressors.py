@@ -2,11 +2,13 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras.optimizers import SGD
 
 import tfaccel.distributed as hvd
 from tests.distributed.simulated_ranks import make_gradients, simulate
 from tests.distributed.worker import make_data, make_model
+from tfaccel.distributed.compressed_exchange import CompressedExchange
 from tfaccel.distributed.compressors import (
     FP16,
     BFloat16,
@@ -184,3 +186,31 @@ def test_alone_dgc_is_keras_momentum_and_the_rest_changes_nothing():
     before = dict(vars(plain))
     assert hvd.DistributedOptimizer(plain, compression="topk") is plain
     assert vars(plain) == before
+
+
+def test_state_of_another_compressor_or_model_is_refused():
+    def trained(compressor, shape):
+        exchange = CompressedExchange(compressor)
+        exchange.exchange([tf.ones(shape)], [tf.Variable(tf.zeros(shape))], hvd.Average)
+        return exchange
+
+    kept = trained(DGC(), (40, 30)).get_state()
+    again = CompressedExchange(DGC())
+    again.set_state(kept)  # waits for the first gradients
+    again.exchange([tf.ones((40, 30))], [tf.Variable(tf.zeros((40, 30)))], hvd.Average)
+    assert again.get_state()["step"] == 2
+    with pytest.raises(ValueError, match=r"'accumulated' is \(1200,\) there and \(600,\) here"):
+        trained(DGC(), (20, 30)).set_state(kept)
+    with pytest.raises(ValueError, match=r"does not fit .* 'accumulated' is .* and missing here"):
+        trained(ErrorFeedback(TopK()), (40, 30)).set_state(kept)
+
+
+def test_a_gradient_without_a_fixed_shape_is_named():
+    variable = tf.Variable(tf.zeros((2, 3)), shape=(None, 3), name="rows")
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 3))])
+    def step(gradient):
+        return CompressedExchange(TopK()).exchange([gradient], [variable], hvd.Average)
+
+    with pytest.raises(ValueError, match=r"gradient of rows.* has no fixed shape"):
+        step(tf.zeros((2, 3)))
