@@ -6,6 +6,7 @@ import keras
 
 from tfaccel.core.checks import check_type
 from tfaccel.distributed import runtime
+from tfaccel.distributed.objects import broadcast_variables
 from tfaccel.distributed.optimizer import exchanges_of
 from tfaccel.distributed.reduction import reduce_tensors
 from tfaccel.distributed.runtime import Average
@@ -73,7 +74,7 @@ class LocalSGD(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         if not optimizer.built:
             optimizer.build(self.model.trainable_variables)
-        runtime.broadcast_variables([*self.model.weights, *optimizer.variables])
+        broadcast_variables([*self.model.weights, *optimizer.variables])
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Averages if it is time."""

@@ -14,6 +14,7 @@ from tfaccel.distributed.batches import Batch, batches_of
 from tfaccel.distributed.cutting import Calls
 from tfaccel.distributed.layer_times import time_calls
 from tfaccel.distributed.micro_batches import expected_bubble
+from tfaccel.distributed.objects import broadcast_object, broadcast_variables
 from tfaccel.distributed.pipeline_step import PipelineStep
 from tfaccel.distributed.stage_runner import StageRunner
 from tfaccel.distributed.stages import build_stage, carry_back, plan_stages
@@ -117,7 +118,7 @@ class Pipeline:
         self._last = count - 1
         names = {cut.position: cut.after for cut in calls.cuts()}
         self.cuts = tuple(names[position] for position in positions)
-        runtime.broadcast_variables(model.weights)
+        broadcast_variables(model.weights)
         self._models = {n: build_stage(calls, self._stages[n]) for n in self._transport.local}
         self._runners: list[StageRunner] = []
         self._step: PipelineStep | None = None
@@ -293,7 +294,7 @@ class Pipeline:
         if seconds is None and count > 1 and runtime_rank() == 0:
             seconds = time_calls(calls, samples)
         if count > 1:
-            seconds = runtime.broadcast_object(seconds, name="tfaccel_layer_times")
+            seconds = broadcast_object(seconds, name="tfaccel_layer_times")
         return calls.balance(seconds or {}, count)
 
     def _run_epoch(
@@ -341,7 +342,7 @@ class Pipeline:
             return
         for stage in self._stages:
             variables = [v for layer in stage.layers for v in layer.weights]
-            runtime.broadcast_variables(variables, root_rank=stage.number)
+            broadcast_variables(variables, root_rank=stage.number)
 
     def _summarize_times(self, step: PipelineStep) -> PipelineTimes | None:
         everyone = self._transport.everyone((step.timed_steps, step.busy_s, step.total_s))

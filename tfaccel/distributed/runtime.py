@@ -240,12 +240,3 @@ def _ask(question: str, alone: int) -> int:
     if _alone:
         return alone
     raise ValueError("The job is not known yet. Call tfaccel.distributed.init() first.")
-
-
-def __getattr__(name: str) -> Any:
-    """Names that lived here once."""
-    if name in ("broadcast_object", "broadcast_variables"):
-        from tfaccel.distributed import objects
-
-        return getattr(objects, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
