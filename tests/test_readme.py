@@ -177,6 +177,50 @@ def test_guide_to_gradient_compression_runs_as_it_stands(tmp_path, monkeypatch, 
     assert names == {"model-1.keras", "model-1.compression-0-of-1.npz"}
 
 
+def test_guide_to_distributed_training_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = blocks(DISTILLATION.parent / "distributed.md")
+    assert len(found) == 5
+    x, y = make_data(64)
+    model = shallow(4)
+    model = keras.Model(model.input, keras.layers.Softmax()(model.output))
+    names = {"keras": keras, "x": x, "y": y, "model": model}
+    for number, text in enumerate(found):
+        code = text.replace(", callbacks=", ", verbose=0, callbacks=")
+        code = code.replace("epochs=1, shuffle", "verbose=0, epochs=1, shuffle")
+        exec(compile(code, f"distributed.md, block {number}", "exec"), names)  # noqa: S102
+    try:
+        assert (tmp_path / "best.keras").exists()
+        assert names["state"].epoch == 2
+        assert names["names"] == ["a", "b"]
+        assert float(names["loss"]) > 0
+    finally:
+        names["hvd"].shutdown()
+
+
+def test_guide_to_clusters_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pipeline, server, planner = blocks(DISTILLATION.parent / "clusters.md")
+    assert "ParameterServer(" in server  # tests/distributed/test_parameter_server.py runs it
+    random = np.random.default_rng(0)
+    names = {}
+    for part in ("train", "test"):
+        names[f"x_{part}"] = random.normal(size=(64, 16)).astype("float32")
+        names[f"y_{part}"] = random.integers(0, 4, 64)
+    code = pipeline.replace("epochs=2", "epochs=2, verbose=0")
+    try:
+        exec(compile(code, "clusters.md, pipeline", "exec"), names)  # noqa: S102
+    finally:
+        names["hvd"].shutdown()
+    assert len(names["pipeline"].stages) == 2
+    assert names["history"].history.keys() >= {"loss", "accuracy", "val_accuracy"}
+    plain = keras.saving.load_model(tmp_path / "trained.keras").get_weights()
+    assert all((a == b).all() for a, b in zip(plain, names["model"].get_weights(), strict=True))
+    exec(compile(planner, "clusters.md, planner", "exec"), names)  # noqa: S102
+    assert names["small"].step_ms < names["dense"].step_ms
+    assert " from " in capsys.readouterr().out
+
+
 def test_commands_exist_with_their_options():
     text = README.read_text(encoding="utf-8")
     for line in re.findall(r"^    tfaccel (.+?)(?:\s+#.*)?$", text, re.MULTILINE):
