@@ -192,9 +192,12 @@ def unlike_models():
         optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), op=op)
         optimizer.apply([tf.ones(1)], [keras.Variable([1.0])])
 
-    return {
-        action.__name__: error_of(action) for action in (narrower, other_type, other_kind, other_op)
-    }
+    def other_order():
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), name=("one", "two")[rank])
+        optimizer.apply([tf.ones(1)], [keras.Variable([1.0])])
+
+    actions = (narrower, other_type, other_kind, other_op, other_order)
+    return {action.__name__: error_of(action) for action in actions}
 
 
 def local_layers():

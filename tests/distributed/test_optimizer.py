@@ -177,7 +177,11 @@ def test_gradient_tapes_combine_gradients(job):
             "other_kind",
             "table (float32 (2, 1) of float32 (2, 1)), and of 2 on rank 1 table (sparse",
         ),
-        ("other_op", "how gradients are exchanged (op=Average, compression=none)"),
+        (
+            "other_op",
+            "how gradients are exchanged (op=Average, compression=none, named tfaccel_opt",
+        ),
+        ("other_order", "compression=none, named one.0), and of 2 on rank 1 how gradients are"),
     ],
 )
 def test_unlike_gradients_are_named_before_the_first_exchange(job, case, words):

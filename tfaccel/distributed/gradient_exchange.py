@@ -207,7 +207,8 @@ class GradientExchange:
         compression = "none" if given is None else getattr(given, "__name__", type(given).__name__)
         if isinstance(given, Compressor):
             compression = repr(given)
-        lines = [f"op={options.op.name}, compression={compression}"]
+        # Optimizers made in another order on some rank would wait for other names than they send.
+        lines = [f"op={options.op.name}, compression={compression}, named {self.name}"]
         labels = ["how gradients are exchanged"]
         for gradient, variable in zip(gradients, variables, strict=True):
             lines.append(f"{_describe(gradient)} of {_describe(variable)}")
