@@ -182,7 +182,7 @@ def time_compressor(name: str, size: int) -> float:
 
     step()
     times = []
-    for _ in range(REPEATS):
+    for _ in range(3 * REPEATS):
         begin = time.perf_counter()
         step()
         times.append(time.perf_counter() - begin)
@@ -194,8 +194,8 @@ def time_compressors() -> None:
     for name, cost in COSTS.items():
         if name == "none":
             continue
-        two, four = time_compressor(name, 2), time_compressor(name, 4)
-        read = 0.0 if cost.summable else max(0.0, (four - two) / 2)
+        two, ten = time_compressor(name, 2), time_compressor(name, 10)
+        read = 0.0 if cost.summable else max(0.0, (ten - two) / 8)
         print(f"{name}: {two - 2 * read:.1f} to make a message, {read:.2f} to read one", flush=True)
 
 
