@@ -1,5 +1,4 @@
 import json
-import os
 import socket
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import tensorflow as tf
 import tfaccel.distributed as hvd
 from tests.distributed import elastic_worker as worker
 from tests.distributed.worker import make_data, make_model, weights_of
-from tfaccel.distributed import elastic, jobs, restarts, runtime
+from tfaccel.distributed import elastic, restarts, runtime
 from tfaccel.distributed.optimizer import exchanges_of
 
 HOSTS = """#!/bin/sh
@@ -153,19 +152,28 @@ def test_after_a_change_things_are_numbered_as_on_a_new_worker():
     assert restarts.generation() == before + 1
 
 
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"workers": 0}, "workers must be an int from 1, but got 0"),
+        ({"workers": 2, "min_workers": 3}, "from min_workers=3 to max_workers=2, but got 2"),
+        ({"workers": 3, "max_workers": 2}, "from min_workers=1 to max_workers=2, but got 3"),
+        ({"workers": 2}, r"'nowhere\.sh' cannot"),
+    ],
+)
+def test_a_job_that_cannot_begin_says_why(numbers, words):
+    with pytest.raises(ValueError, match=words):
+        hvd.run_elastic_workers(["python"], "nowhere.sh", **numbers)
+
+
 @pytest.mark.horovod
 def test_training_survives_a_killed_worker_and_takes_in_a_new_one(tmp_path):
     hosts = tmp_path / "hosts.sh"
     hosts.write_text(HOSTS.format(folder=tmp_path, name=socket.gethostname()))
     hosts.chmod(0o755)
-    script = str(Path(worker.__file__))
-    line = [sys.executable, "-m", jobs._LAUNCHER, "--gloo", "-np", "2", "--min-np", "1"]
-    line += ["--max-np", "2", "--host-discovery-script", str(hosts)]
-    env = {**os.environ, "HOROVOD_GLOO_TIMEOUT_SECONDS": "60"}
+    command = [sys.executable, str(Path(worker.__file__)), str(tmp_path)]
     log = tmp_path / "job.log"
-    with log.open("wb") as output:
-        code = jobs._run([*line, sys.executable, script, str(tmp_path)], env, output, 200)
-    assert code == 0, log.read_text()[-4000:]
+    hvd.run_elastic_workers(command, hosts, 2, log=log, timeout=500)
 
     killed = (tmp_path / "killed").read_text()
     batches = {

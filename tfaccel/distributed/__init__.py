@@ -46,7 +46,7 @@ from tfaccel.distributed.graph_queries import (
     size_op,
 )
 from tfaccel.distributed.half_precision import Compression
-from tfaccel.distributed.jobs import check_horovod, run_workers
+from tfaccel.distributed.jobs import check_horovod, run_elastic_workers, run_workers
 from tfaccel.distributed.loading import load_model
 from tfaccel.distributed.local_sgd import LocalSGD
 from tfaccel.distributed.objects import allgather_object, broadcast_object, broadcast_variables
@@ -168,6 +168,7 @@ __all__ = [
     "remove_process_set",
     "restore_compression_state",
     "rocm_built",
+    "run_elastic_workers",
     "run_on_rank_0",
     "run_workers",
     "save_compression_state",

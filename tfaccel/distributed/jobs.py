@@ -58,10 +58,8 @@ def run_workers(
         RuntimeError: Horovod is not installed, or a worker failed: it carries the last lines.
         TimeoutError: the job took longer than `timeout`.
     """
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"workers must be an int from 1, but got {workers!r}.")
-    if isinstance(command, str) or not command:
-        raise ValueError(f"command must be a list of words, but got {command!r}.")
+    _check_count("workers", workers)
+    _check_command(command)
     line = list(command)
     if workers > 1:
         check_horovod(workers)
@@ -69,6 +67,82 @@ def run_workers(
         check_hosts(slots, workers)
         flags = ["--gloo", "-np", str(workers), "-H", slots]
         line = [sys.executable, "-m", _LAUNCHER, *flags, *line]
+    _watch(line, command, workers, env, log, timeout)
+
+
+def run_elastic_workers(
+    command: Sequence[str],
+    discovery: str | os.PathLike[str],
+    workers: int,
+    min_workers: int = 1,
+    max_workers: int | None = None,
+    env: Mapping[str, str] | None = None,
+    log: str | os.PathLike[str] | None = None,
+    *,
+    timeout: float | None = None,
+) -> None:
+    """Runs a command as Horovod workers that may die and come, and waits for the end of the job.
+
+    The command trains in a function of `elastic.run`.
+
+    Args:
+        command: what every worker runs, such as `[sys.executable, "train.py"]`.
+        discovery: a script that is run every second and prints the machines there are, a line
+            each: "a:2" for one with two slots. A machine whose worker dies is not used again.
+        workers: with how many the job begins.
+        min_workers: with fewer it waits, and in the end fails.
+        max_workers: more are not taken in; None for `workers`.
+        env: environment variables besides this process's own.
+        log: file that what the workers write is appended to; None for one that is kept on failure
+            only.
+        timeout: seconds after which the job is ended; None for no limit.
+
+    Raises:
+        ValueError: a number is out of range, `command` is empty, or `discovery` cannot be run.
+        RuntimeError: Horovod is not installed, or the job failed: it carries the last lines.
+        TimeoutError: the job took longer than `timeout`.
+    """
+    most = workers if max_workers is None else max_workers
+    for name, value in (("workers", workers), ("min_workers", min_workers), ("max_workers", most)):
+        _check_count(name, value)
+    if not min_workers <= workers <= most:
+        raise ValueError(
+            f"workers must be from min_workers={min_workers} to max_workers={most}, but got "
+            f"{workers}."
+        )
+    _check_command(command)
+    if not os.access(discovery, os.X_OK) or Path(discovery).is_dir():
+        raise ValueError(
+            f"discovery must be a script that can be run, but {os.fspath(discovery)!r} cannot. "
+            "Write it, and chmod +x it."
+        )
+    check_horovod(workers)
+    script = str(Path(discovery).resolve())
+    flags = ["--gloo", "-np", str(workers), "--min-np", str(min_workers), "--max-np", str(most)]
+    flags += ["--host-discovery-script", script]
+    line = [sys.executable, "-m", _LAUNCHER, *flags, *command]
+    _watch(line, command, workers, env, log, timeout)
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int from 1, but got {value!r}.")
+
+
+def _check_command(command: Sequence[str]) -> None:
+    if isinstance(command, str) or not command:
+        raise ValueError(f"command must be a list of words, but got {command!r}.")
+
+
+def _watch(
+    line: Sequence[str],
+    command: Sequence[str],
+    workers: int,
+    env: Mapping[str, str] | None,
+    log: str | os.PathLike[str] | None,
+    timeout: float | None,
+) -> None:
+    """Runs a job's line to its end, and raises if it fails."""
     variables = {**_BOUNDS, **os.environ, **(env or {})}
     with _open_log(log) as output:
         start = output.tell()
