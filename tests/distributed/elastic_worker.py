@@ -24,7 +24,7 @@ from tests.distributed.worker import make_data, make_model, weights_of
 
 BATCH, BATCHES, EPOCHS = 4, 8, 5
 KILLED_IN_EPOCH, KILLED_AT_BATCH, COMES_IN_EPOCH = 1, 5, 3
-PATIENCE_SECONDS = 100
+PATIENCE_SECONDS = 300
 
 
 def make_trained_model():
