@@ -58,6 +58,7 @@ def test_round_trips_through_its_config(part):
     assert json.dumps(again.get_config()) == json.dumps(made.get_config())
 
 
+@pytest.mark.one_in(2)
 @each_jit
 @each(LAYERS)
 def test_layer_trains_and_survives_save_and_load(part, jit, tmp_path):
@@ -73,6 +74,7 @@ def test_layer_trains_and_survives_save_and_load(part, jit, tmp_path):
     np.testing.assert_array_equal(np.asarray(loaded(images)), np.asarray(model(images)))
 
 
+@pytest.mark.one_in(2)
 @each(LOSSES)
 def test_distillation_loss_is_zero_for_equals_and_teaches(part):
     same = keras.ops.convert_to_tensor(np.random.default_rng(0).normal(size=(5, 4)), "float32")

@@ -163,6 +163,7 @@ def test_to_keras_the_distiller_is_the_student():
     assert distiller.train_step.__func__ is keras.Model.train_step
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("jit", [False, True])
 def test_saved_in_mid_training_it_goes_on_as_if_not_stopped(jit, tmp_path):
     teacher = net(16)

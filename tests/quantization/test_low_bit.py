@@ -284,6 +284,7 @@ def test_input_scale_gives_the_papers_convolution():
     np.testing.assert_allclose(found, np.maximum(signs * size * alpha + bias, 0), atol=1e-5)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("how", [*METHODS, XNORNet(input_scale=True)], ids=str)
 def test_trains_saves_and_strips_to_the_last_bit(how, tmp_path):
     model = low_bit(network(), how, seed=1)

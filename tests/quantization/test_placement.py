@@ -268,6 +268,7 @@ UNCOVERED = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("body", "reason"), UNCOVERED.values(), ids=UNCOVERED)
 def test_what_is_not_covered_stays_float_is_named_and_agrees(body, reason, tmp_path):
     model, aware = aware_network(body)
