@@ -1,11 +1,11 @@
 """The bubble of a pipeline: how long stages wait, predicted and measured.
 
-    python tools/bench/pipeline.py [--steps 6] [--markdown TABLE]
+    python tools/bench/pipeline.py [--steps 6] [--kinds waiting,dense] [--markdown TABLE]
 
 Ranks of Horovod on this machine, one stage each. `waiting` layers take a time that is proportional
 to the samples and need no processor, so that four stages can be seen on two cores; `dense` layers
 compute, one thread each. Then two pipelines of two stages side by side train as one process does.
-Some three minutes on two idle cores; needs the Horovod wheel.
+Some five minutes on two idle cores; needs the Horovod wheel.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tfaccel.core.artifacts import write_aside
 from tfaccel.distributed.jobs import run_workers
 
 BATCH = 64
-WAIT_SECONDS = 0.005  # of a sample, forward, and as much backward
+WAIT_SECONDS = 0.02  # of a sample, forward, and as much backward
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 CASES = [("waiting", 2), ("waiting", 4), ("dense", 2)]
 
@@ -75,13 +75,13 @@ def make_model(kind: str, stages: int) -> keras.Model:
     return keras.Sequential(layers)
 
 
-def work(folder: Path, steps: int) -> None:
+def work(folder: Path, steps: int, kinds: list[str]) -> None:
     """What each rank does."""
     hvd.init()
     x = np.random.default_rng(0).normal(size=(BATCH * (steps + 1), 512)).astype("float32")
     rows = []
     for kind, stages in CASES:
-        if stages != hvd.size():
+        if stages != hvd.size() or kind not in kinds:
             continue
         for count in MICRO_BATCHES:
             cuts = [f"end{number}" for number in range(stages - 1)]
@@ -121,11 +121,12 @@ def main() -> None:
     """Runs the jobs and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--kinds", default="waiting,dense")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        work(arguments.work, arguments.steps)
+        work(arguments.work, arguments.steps, arguments.kinds.split(","))
         return
     lines = [
         "| layers | stages | micro-batches | bubble, (S-1)/(M+S-1) | measured | step |",
@@ -133,7 +134,8 @@ def main() -> None:
     ]
     for size in (2, 4):
         with tempfile.TemporaryDirectory() as name:
-            command = [sys.executable, __file__, "--work", name, "--steps", str(arguments.steps)]
+            command = [sys.executable, __file__, "--work", name, "--kinds", arguments.kinds]
+            command += ["--steps", str(arguments.steps)]
             run_workers(command, size, timeout=500)
             found = json.loads(Path(name, "result.json").read_text())
         for kind, stages, count, expected, measured, step_ms in found["rows"]:
