@@ -12,8 +12,10 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +115,8 @@ def network(
         Node(f"tfn{number}x{i}", f"{subnet}.{i + 1}", f"tfv{number}x{i}", f"{subnet}.254")
         for i in range(nodes)
     ]
+    # Ended by SIGTERM, Python would leave all of it behind.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     try:
         _run("ip", "link", "add", bridge, "type", "bridge")
         _run("ip", "address", "add", f"{subnet}.254/24", "dev", bridge)
@@ -130,6 +134,7 @@ def network(
             _run("ip", "netns", "delete", node.namespace, check=False)
             _run("ip", "link", "delete", node.link, check=False)
         _run("ip", "link", "delete", bridge, check=False)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _connect(node: Node, bridge: str) -> None:
