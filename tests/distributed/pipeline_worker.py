@@ -98,10 +98,18 @@ def error_of(action):
     return None
 
 
+def train_on_own_data():
+    """As with a data set that each rank shuffles in its own way."""
+    pipeline = hvd.Pipeline(skipping(), cuts=["first"])
+    pipeline.compile("sgd", "mse")
+    pipeline.fit(*data_of_skipping(seed=hvd.rank()), verbose=0)
+
+
 def mistakes():
     """What is wrong is said on both ranks, and neither waits."""
     return {
         "ranks": error_of(lambda: hvd.Pipeline(skipping(), cuts=["first", "sum"])),
+        "data": error_of(train_on_own_data),
         "cuts": error_of(lambda: hvd.Pipeline(skipping(), cuts=[["first", "sum"][hvd.rank()]])),
     }
 

@@ -233,6 +233,7 @@ def test_mistakes_are_said_on_all_ranks(ranks):
     for found in ranks:
         assert "3 stages runs on a multiple of 3 ranks" in found["mistakes"]["ranks"]
         assert "differ in the model of the pipeline" in found["mistakes"]["cuts"]
+        assert "differ in the first batch" in found["mistakes"]["data"]
 
 
 def test_samples_of_the_models_are_uneven():
