@@ -109,7 +109,13 @@ def test_few_bits_run_as_they_stand(tmp_path, monkeypatch, capsys):
     packed = tfaccel.quantization.load_packed("binary.bin").predict(names["x_test"], verbose=0)
     np.testing.assert_allclose(names["predictions"], packed, rtol=1e-4, atol=1e-4)
     assert (tmp_path / "int8.tflite").exists()
-    assert len(blocks()) == 8  # each is run here
+    assert len(blocks()) == 9  # each is run here
+
+
+def test_training_on_several_workers_runs_as_it_stands_in_one_process():
+    names = run("import keras, tfaccel\n" + blocks()[8], sequential())
+    assert names["hvd"].size() == 1
+    assert int(names["optimizer"].iterations) == 2
 
 
 def test_migration_guide_runs_as_it_stands(tmp_path, monkeypatch):
