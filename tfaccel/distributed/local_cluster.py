@@ -79,7 +79,7 @@ class LocalCluster:
             self._processes[job, index] = subprocess.Popen(
                 [*command, json.dumps(self.spec), job, str(index)],
                 # Keras is not needed there, and a server that shares cores wants no threads each.
-                env={"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ},
+                env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -126,6 +126,16 @@ class LocalCluster:
     def _tail(self, job: str, index: int) -> str:
         lines = self._log(job, index).read_text("utf-8", "replace").splitlines()
         return "\n".join(lines[-_TAIL_LINES:]) or "(nothing was written)"
+
+
+def _environment() -> dict[str, str]:
+    """Returns what servers inherit of this process.
+
+    Not a limit of threads between operations: with one, an operation that waits for another
+    process stands in the way of those that it waits for.
+    """
+    inherited = {k: v for k, v in os.environ.items() if k != "TF_NUM_INTEROP_THREADS"}
+    return {"TF_CPP_MIN_LOG_LEVEL": "2", **inherited}
 
 
 def free_ports(count: int) -> list[int]:
