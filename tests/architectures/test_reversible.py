@@ -244,6 +244,7 @@ def probe(depth, kind, mode, folder):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.exhaustive
 def test_memory_of_a_training_step_stays_flat_in_depth(tmp_path):
     """XLA's own plan, which is exact; tools/bench/reformer.py has what a process holds."""
 
