@@ -1,6 +1,6 @@
 """Every check of the project, in the environment that runs this: lint, types, floors, tests.
 
-tools/test calls it. With --exhaustive no case of a test is left out, which takes about an hour;
+tools/test calls it. With --exhaustive no case of a test is left out;
 with other arguments only pytest runs, with these arguments.
 """
 
