@@ -227,7 +227,7 @@ class _Half(Configurable):
         return payload.layout.split(tf.cast(payload.parts["half"], tf.float32))
 
     def _dtype(self) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _dtype().")
 
 
 @compressors.register("fp16")
