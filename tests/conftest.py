@@ -29,6 +29,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tfaccel")
 
 
+# Files that take minutes go first, so that at the end no process waits for another's.
+LONG = ("test_examples.py", "test_readme.py", "test_runner.py", "test_optimizer.py")
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--exhaustive",
@@ -39,6 +43,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     """Leaves cases out of a plain run, and skips Horovod's tests without it."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     # What is named is meant.
     if not (config.getoption("--exhaustive") or any("::" in arg for arg in config.args)):
         _leave_out(config, items)

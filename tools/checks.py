@@ -24,7 +24,8 @@ QUIET_CHECKS = {
 }
 # Two processes: more would only share the cores that TensorFlow's threads are on already. The tests
 # of a file share costly fixtures. (Groups by marker go unseen: xdist 3.8 with pytest 9.2.)
-WHOLE_SUITE = ["--numprocesses=2", "--dist=loadfile"]
+# The order is that of tests/conftest.py.
+WHOLE_SUITE = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]
 EXHAUSTIVE = "--exhaustive"  # tests/conftest.py
 JAX_TESTS = "tests/core/test_jax_backend.py"
 

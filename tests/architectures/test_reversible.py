@@ -46,6 +46,7 @@ def data(seed=0):
     return x, random.normal(size=(4, SHAPE[0], 3)).astype("float32")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_gradients_are_those_of_kept_activations(mode):
     x, y = data()
@@ -88,6 +89,7 @@ def test_the_input_follows_from_the_output():
     np.testing.assert_allclose(y2, x2, atol=1e-5)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("jit", [True, False])
 def test_fits_as_with_kept_activations(jit):
     x, y = data()
@@ -217,6 +219,7 @@ def test_refuses_what_is_no_block():
         ReversibleBlocks([(noisy, dense)])([x, x], training=True)
 
 
+@pytest.mark.exhaustive
 def test_gradients_on_jax():
     code = """
 from tests.architectures.reversible_jax import compare

@@ -165,7 +165,7 @@ def fit_everything(model, *, jit=False, steps_per_execution=1, epochs=2):
     return model.fit(x, y, batch_size=2, epochs=epochs, shuffle=False, verbose=0).history["loss"]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_state_inside_survives_the_scope(jit, steps):
@@ -186,6 +186,7 @@ def _seeds(model):
     return [np.array(v) for v in model.non_trainable_variables if "seed" in v.path]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_casts_after_the_transform(policy):
     plain, wrapped = everything(policy), transform_model(everything(policy), all_weights(Neutral))

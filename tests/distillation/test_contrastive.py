@@ -236,6 +236,7 @@ def test_learns_and_resumes_as_if_never_stopped(tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_xla_learns_the_same():
     plain, compiled = distiller(), distiller()
     compiled.heads[0].set_weights(plain.heads[0].get_weights())
@@ -273,6 +274,7 @@ print("done")
 """
 
 
+@pytest.mark.exhaustive
 def test_all_losses_learn_on_jax():
     environment = {**os.environ, "KERAS_BACKEND": "jax"}
     run = subprocess.run(

@@ -54,6 +54,7 @@ def test_audit_of_a_file_that_is_there_is_that_of_its_export(exported):
     assert audit(artifact.path) == Audit((), found.quantized_tensors)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("make_model", [convolutional, nested])
 def test_any_batch_size_and_nested_models(make_model, tmp_path):
     aware = calibrate(quantize_aware(make_model()))

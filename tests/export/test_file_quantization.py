@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 from tests.quantization.networks import images, network
@@ -116,3 +117,26 @@ def test_nonsense_is_refused(source, tmp_path):
     quantized = quantize_file(source, path, "int8", x).path
     with pytest.raises(ValueError, match="quantized values already"):
         quantize_file(quantized, tmp_path / "again.tflite", "int8", x)
+
+
+@pytest.mark.parametrize(("batch", "samples"), [(8, 5), (12, 16), (32, 20), (32, 40)])
+def test_every_sample_counts_whatever_the_files_batch(batch, samples, tmp_path):
+    model = network(body)
+    path = to_tflite(model, tmp_path / "float.tflite", batch_size=batch).path
+    x = images(samples)
+    x[-1, 0, 0, 0] = 50.0
+    made = quantize_file(
+        path, tmp_path / "q.tflite", "int8", x, calibrator="minmax", io_dtype="int8"
+    )
+    step = TFLiteModel(made.path).inputs[0].scale
+    assert step == pytest.approx((50 - x.min()) / 255, rel=1e-3)
+
+
+def test_batches_of_a_data_set(source, tmp_path):
+    x = images(32)
+    flow = tf.data.Dataset.from_tensor_slices((x, np.zeros(32))).batch(8)
+    files = [
+        quantize_file(source, tmp_path / f"{n}.tflite", "int8", data).path.read_bytes()
+        for n, data in enumerate((x, flow))
+    ]
+    assert files[0] == files[1]

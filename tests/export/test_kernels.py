@@ -63,6 +63,7 @@ def trained_integers(aware):
     }
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("ranges", ["ema", "lsq"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 7, 8])
 def test_few_bits_stand_in_the_file_as_they_were_trained(bits, ranges, tmp_path):
@@ -94,6 +95,7 @@ def test_steps_are_the_trained_ones_times_the_factor_of_batch_norm(tmp_path):
     np.testing.assert_allclose(stored(path)[0][2].scale, expected, rtol=1e-5)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("bits", [2, 4, 7])
 def test_asymmetric_grid_is_shifted_into_int8(bits, tmp_path):
     scheme = Scheme("mine", bits, 8, trainable=True, symmetric_weights=False)
@@ -119,6 +121,7 @@ def test_asymmetric_grid_of_eight_bits_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("bits", [2, 3, 5])
 def test_narrow_values_behind_relus_are_clipped_and_rounded_as_trained(bits, tmp_path):
     aware = calibrate(quantize_aware(network(body), f"w8a{bits}"))

@@ -40,7 +40,7 @@ def check(seed, size=None):
     return model, smaller, removed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=SEEDS)
 def test_shrunk_model_equals_the_masked_one(seed):
     check(seed)

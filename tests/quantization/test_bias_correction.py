@@ -12,6 +12,7 @@ from scipy import stats
 
 from tests.quantization.networks import images, network
 from tests.quantization.test_rounding import correlated, problem
+from tfaccel.quantization import AdaRound, equalize, quantize
 from tfaccel.quantization.bias_correction import analytic_bias, check_correction, empirical_bias
 from tfaccel.quantization.moments import Moments, clipped_normal, follow_moments
 
@@ -102,11 +103,76 @@ def test_the_names_of_corrections():
         check_correction("anallytic")
 
 
-def test_a_model_that_gives_several_values_at_once_is_named():
+def test_of_the_parts_of_a_split_nothing_is_known():
     def body(x):
-        a, b = keras.ops.split(x, [1], axis=-1)
-        return layers.Flatten()(layers.Conv2D(2, 1)(layers.Concatenate()([a, b])))
+        x = layers.BatchNormalization(name="norm")(layers.Conv2D(4, 1)(x))
+        a, b = keras.ops.split(x, 2, axis=-1)
+        x = layers.Concatenate()([a, layers.Conv2D(2, 1, name="half")(b)])
+        x = layers.BatchNormalization(name="late")(layers.Conv2D(3, 1)(x))
+        return layers.Dense(2, name="logits")(layers.GlobalAveragePooling2D()(x))
 
-    with pytest.raises(ValueError, match=r"gives several.*calibration_data"):
-        follow_moments(network(body))
-    assert images(1).shape == (1, 8, 8, 3)
+    model = network(body)
+    gets, gives = follow_moments(model)
+    assert gives["norm"].known
+    assert not gets["half"].known
+    assert gets["logits"].known
+    x = images(32)
+    expected = np.asarray(model(x))
+    for made in (equalize(model), equalize(model, x), quantize(model, x, correct_bias="analytic")):
+        assert np.abs(np.asarray(made(x)) - expected).max() < 0.1 * np.ptp(expected)
+
+
+def settled(body):
+    """A model whose batch norms have the statistics of `images`."""
+    model = network(body)
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.momentum = 0.5
+    for seed in range(12):
+        model(images(128, seed), training=True)
+    return model
+
+
+def _separable(x):
+    x = layers.BatchNormalization(name="norm")(layers.Conv2D(6, 3, use_bias=False)(x))
+    x = layers.SeparableConv2D(8, 3, depth_multiplier=2, name="sep")(layers.ReLU()(x))
+    return layers.Dense(3, name="logits")(layers.Flatten()(x))
+
+
+def _halves(x):
+    x = layers.BatchNormalization(name="norm")(layers.Conv2D(6, 3, use_bias=False)(x))
+    x = layers.DepthwiseConv2D(3, depth_multiplier=2, use_bias=False, name="sep_depthwise")(
+        layers.ReLU()(x)
+    )
+    return layers.Dense(3, name="logits")(layers.Flatten()(layers.Conv2D(8, 1, name="sep")(x)))
+
+
+def test_moments_reach_the_halves_of_a_separable_convolution():
+    """Written as its two halves a network is corrected likewise."""
+    models = [settled(body) for body in (_separable, _halves)]
+    depthwise, pointwise, bias = models[0].get_layer("sep").get_weights()
+    models[1].get_layer("sep_depthwise").set_weights([depthwise])
+    models[1].get_layer("sep").set_weights([pointwise, bias])
+    for name in ("norm", "logits"):
+        models[1].get_layer(name).set_weights(models[0].get_layer(name).get_weights())
+    models[1].layers[1].set_weights(models[0].layers[1].get_weights())
+    x = images(128, 50)
+    found = [quantize(m, images(128), "w3a8", correct_bias="analytic")(x) for m in models]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "adaround"])
+def test_the_analytic_bias_goes_with_every_rounding(rounding):
+    model = settled(_halves)
+    how = AdaRound(steps=20) if rounding == "adaround" else rounding
+    biases = {}
+    for correction in ("none", "analytic"):
+        made = quantize(model, images(64), "w3a8", rounding=how, correct_bias=correction)
+        biases[correction] = np.asarray(made.get_layer("sep").layer.bias)
+    assert not np.allclose(biases["none"], biases["analytic"])
+
+
+def test_without_batch_norm_there_is_nothing_to_go_by():
+    model = network(lambda x: layers.Dense(2)(layers.Flatten()(layers.Conv2D(2, 3)(x))))
+    with pytest.raises(ValueError, match="no batch norm in front"):
+        quantize(model, images(8), correct_bias="analytic")

@@ -283,6 +283,7 @@ print("done")
 """
 
 
+@pytest.mark.exhaustive
 def test_clusters_on_jax():
     environment = {**os.environ, "KERAS_BACKEND": "jax"}
     command = [sys.executable, "-c", ON_JAX]

@@ -131,3 +131,19 @@ def test_nonsense_is_refused(model, quantized):
     other = keras.Model(model.inputs, layers.Dense(3, name="logits")(layers.Flatten()(model.input)))
     with pytest.raises(ValueError, match="no layer like"):
         debug(quantized, images(8), other)
+
+
+def test_layers_that_are_written_as_several_have_rows_of_their_parts():
+    def parts(x):
+        x = layers.SeparableConv2D(6, 3, name="sep")(x)
+        x = layers.Conv2D(6, 1, activation="swish", name="swish")(x)
+        x = layers.Reshape((6, 36))(x)
+        return layers.Dense(3, name="logits")(layers.LSTM(4, name="lstm")(x))
+
+    model = network(parts)
+    found = debug(quantize(model, images(64), correct_bias=False), images(16, 3), model)
+    kernels = {x.name: x.own_snr_db for x in found.layers if x.kind == "kernel"}
+    assert {"sep_depthwise", "sep", "swish", "logits"} < set(kernels)
+    # Eight bits leave some 40 dB; a layer beside the wrong float one would leave next to none.
+    assert min(kernels.values()) > 30
+    assert found.output_snr_db > 20

@@ -256,3 +256,20 @@ def test_damaged_files_are_refused(tmp_path):
         load_compressed(tmp_path / "other.bin")
     with pytest.raises(TypeError, match="huffman_size"):
         huffman_size("model.keras")
+
+
+def test_statistics_of_the_data_are_stored_and_a_vocabulary_is_refused(tmp_path):
+    """`Normalization` has a weight of no dimensions, and constants that come of its weights."""
+    norm = layers.Normalization(name="norm")
+    x = np.random.default_rng(0).normal(3.0, 5.0, (64, 4)).astype("float32")
+    norm.adapt(x)
+    model = keras.Sequential([keras.Input((4,)), norm, layers.Dense(2)])
+    assert huffman_size(model).float_bytes == sum(np.asarray(w).nbytes for w in model.weights)
+    loaded = load_compressed(save_compressed(model, tmp_path / "m.bin"))
+    np.testing.assert_array_equal(loaded(x), model(x))
+
+    inputs = keras.Input((1,), dtype="int64")
+    known = layers.IntegerLookup(vocabulary=[3, 5, 7], name="words")(inputs)
+    words = keras.Model(inputs, layers.Dense(2)(layers.Embedding(5, 3)(known)))
+    with pytest.raises(ValueError, match=r"save_compressed\(\) stores weights.*'words'"):
+        save_compressed(words, tmp_path / "words.bin")

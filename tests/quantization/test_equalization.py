@@ -165,3 +165,24 @@ def test_excluded_layers_stay():
         )
     with pytest.raises(ValueError, match="matches no layer"):
         equalize(model, exclude="dephtwise")
+
+
+RELU6 = {
+    "activation": lambda x: layers.Activation("relu6")(layers.Conv2D(4, 1, name="first")(x)),
+    "built_in": layers.Conv2D(4, 1, activation="relu6", name="first"),
+    "function": lambda x: keras.ops.relu6(layers.Conv2D(4, 1, name="first")(x)),
+}
+
+
+@pytest.mark.parametrize("clipped", RELU6.values(), ids=RELU6)
+def test_relu6_is_replaced_in_every_form(clipped):
+    def body(x):
+        return layers.GlobalAveragePooling2D()(layers.Conv2D(3, 1, name="second")(clipped(x)))
+
+    model = scramble(network(body), 1)
+    replaced = equalize(model, replace_relu6=True)
+    kernels = [np.asarray(m.get_layer("first").kernel) for m in (model, replaced)]
+    assert np.abs(kernels[1] - kernels[0]).max() > 0.01
+    small = images(4) * 0.01  # where nothing reaches 6
+    assert relative_error(replaced(small), np.asarray(model(small))) < 1e-4
+    assert np.asarray(replaced(images(4) * 1e3)).max() > np.asarray(model(images(4) * 1e3)).max()

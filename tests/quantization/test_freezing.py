@@ -69,6 +69,25 @@ def test_each_stops_at_its_step(ranges):
     assert moved == [True, False, False, False, False]
 
 
+def test_learned_steps_of_weights_are_held_too():
+    class Steps(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            ((_, rounding),) = self.model.get_layer("logits").transforms
+            # What it uses, by the largest integer and the largest weight: the step.
+            weight = self.model.get_layer("logits").layer.kernel
+            step = rounding.finalize(np.full(weight.shape, 1e9, "float32"))
+            self.seen.append(np.max(step, axis=0))
+
+    steps = Steps()
+    train(compiled(how={"ranges": "lsq"}), FreezeRanges(3), steps)
+    moved = [not np.array_equal(a, b) for a, b in itertools.pairwise(steps.seen)]
+    assert moved == [True, True, False, False, False]
+
+
 def test_several_steps_at_once_end_with_their_execution():
     seen = train(compiled(steps_per_execution=3), FreezeRanges(2), steps=9)
     np.testing.assert_array_equal(seen[0][0], seen[-1][0])

@@ -236,3 +236,24 @@ def test_calibration_sets_what_is_learned():
     assert clipping.frozen().bits == 8  # the part of a grid of 8 bits
     x = np.linspace(0, 4, 50, dtype="float32")
     np.testing.assert_allclose(clipping.frozen()(x), clipping(x), atol=1e-5)
+
+
+def test_a_step_that_fell_below_zero_comes_back():
+    """The gradient flows though the grid is held above zero; else the weights were lost."""
+    layer = dense_with_learned_steps(4).get_layer("d")
+    ((_, rounding),) = layer.transforms
+    rounding.state["step"].assign([[-0.01, -0.02, 0.3]])
+    with tf.GradientTape() as tape:
+        rounded = rounding(tf.convert_to_tensor(layer.layer.kernel), training=True)
+        total = tf.reduce_sum((rounded - layer.layer.kernel) ** 2)
+    slope = np.asarray(tape.gradient(total, rounding.state["step"].value))
+    assert (slope[0, :2] < 0).all()  # descent makes them larger
+
+    value = LearnedStep(4, name="v")
+    value(values_of(4, 6))
+    value(values_of(4, 6), training=True)
+    value._change.assign(-10.0)
+    with tf.GradientTape() as tape:
+        x = tf.convert_to_tensor(values_of(4, 6))
+        total = tf.reduce_sum((value(x, training=True) - x) ** 2)
+    assert float(tape.gradient(total, value._change.value)) < 0

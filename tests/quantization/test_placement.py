@@ -17,6 +17,7 @@ from tests.quantization.networks import (
 )
 from tfaccel.core import Graph
 from tfaccel.core.graph import flat_layers
+from tfaccel.core.transforms import TransformedLayer
 from tfaccel.export import audit, to_tflite
 from tfaccel.export.packing import unpack
 from tfaccel.measurement.flatbuffer import TFLiteFile
@@ -439,3 +440,98 @@ def test_audit_of_a_plan_agrees_with_the_file(tmp_path):
     kernels = [t for t in found.quantized_tensors.values() if len(t.scales) > 1]
     assert {t.dtype for t in kernels} >= {"int8"}
     assert found.float_tensors
+
+
+@pytest.mark.parametrize("name", ["c", "p", "logits"])
+def test_excluded_linear_layer_takes_no_reader_along(name):
+    def body(x):
+        x = conv(conv(x, 8, name="c"), 8, name="p")
+        x = layers.Dense(4, name="logits")(layers.Flatten()(x))
+        return layers.Softmax(name="soft")(x)
+
+    floats = [d.name for d in plan(network(body), exclude=name) if d.action == "float"]
+    assert floats == [name]
+
+
+IN_SIXTEEN_BITS = {
+    "pooled": lambda x: layers.Concatenate(name="join")(
+        [layers.GlobalAveragePooling2D()(conv(x)), layers.GlobalAveragePooling2D()(conv(x, 2))]
+    ),
+    "sigmoid": lambda x: layers.Concatenate(name="join")([conv(x, activation="sigmoid"), conv(x)]),
+    "convolutions": lambda x: conv(
+        layers.Concatenate(name="join")([conv(x), conv(x, 2, activation="relu")])
+    ),
+}
+
+
+@pytest.mark.parametrize("body", IN_SIXTEEN_BITS.values(), ids=IN_SIXTEEN_BITS)
+def test_what_a_float_concatenation_reads_keeps_its_own_range(body, tmp_path):
+    """In 16 bits a concatenation is float; what it reads must not wait for its range."""
+    model, aware = aware_network(body, scheme="int16x8")
+    decisions = {d.name: d for d in plan(model, "int16x8")}
+    assert decisions["join"].action == "float"
+    artifact = to_tflite(aware, tmp_path / "m.tflite")
+    assert artifact.audit.operators
+    assert artifact.audit.missing == ()
+    assert artifact.audit.max_steps <= 1.01  # a float32 is no exact multiple of so fine a step
+    kernels = [constant for constant in _float_constants(artifact.path) if constant.ndim == 4]
+    assert not kernels
+
+
+def test_scheme_of_a_layer_holds_for_its_own_relu_apart():
+    def body(x):
+        x = layers.ReLU(name="r")(bn(conv(x, name="c", use_bias=False)))
+        return conv(x, name="last")
+
+    aware = quantize_aware(network(body), per_layer={"c": "w4a4"})
+    assert aware.get_layer("r_quantize").bits == 4
+    assert aware.get_layer("last_quantize").bits == 8
+
+
+def _two_heads(x):
+    x = conv(layers.ReLU()(conv(x, name="first")), name="mid")
+    x = layers.GlobalAveragePooling2D()(x)
+    return [layers.Dense(2, name="one")(x), layers.Dense(3, name="two")(x)]
+
+
+def _attend(x):
+    x = sequence(x)
+    return layers.MultiHeadAttention(2, 4, name="a")(x, x)
+
+
+ENDS = {
+    "heads": (_two_heads, {"first": 8, "mid": 4, "one": 8, "two": 8}),
+    "separable": (
+        lambda x: conv(conv(layers.SeparableConv2D(4, 3, name="s")(x), name="mid"), name="last"),
+        {"s_depthwise": 8, "s": 8, "mid": 4, "last": 8},
+    ),
+    "attention": (
+        lambda x: layers.Dense(3, name="last")(layers.Dense(5, name="mid")(_attend(x))),
+        {"a_query": 8, "a_key": 8, "a_value": 8, "a": 8, "mid": 4, "last": 8},
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "expected"), ENDS.values(), ids=ENDS)
+def test_ends_keep_eight_bits_whatever_they_are_written_as(body, expected):
+    aware = quantize_aware(network(body), "int4")
+    found = {
+        layer.name: transform.bits
+        for layer in aware.layers
+        if isinstance(layer, TransformedLayer)
+        for _, transform in layer.transforms
+    }
+    assert found == expected
+
+
+def test_a_line_names_what_stays_in_float_unasked(caplog):
+    def body(x):
+        return conv(layers.GroupNormalization(4, name="gn")(conv(x, name="c")))
+
+    quantize_aware(network(body), exclude="c")
+    (record,) = caplog.records
+    assert "'gn' (GroupNormalization is not covered" in record.getMessage()
+    assert "'c'" not in record.getMessage()
+    caplog.clear()
+    quantize_aware(network(conv))
+    assert not caplog.records

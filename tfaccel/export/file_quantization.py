@@ -5,7 +5,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tfaccel.core.checks import check_file, check_in, check_positive
 from tfaccel.core.quiet import silence_native_output
 from tfaccel.export.auditing import audit
 from tfaccel.export.conversion import Artifact
+from tfaccel.export.samples import read_arrays
 from tfaccel.measurement.interpreter import TFLiteModel
 from tfaccel.quantization.calibration import BINS, CALIBRATORS, Calibrator, Statistics
 
@@ -52,8 +53,8 @@ def quantize_file(
             (as int8, kernels in 4 bits but for depthwise ones, the first and the last);
             "int4_weight_only" (weights in 4 bits, computed in float).
         calibration_data: for "int8", "int16x8" and "int4", samples of what the file takes: an array
-            [samples, ...], for several inputs a list or a dict by name. Never those that accuracy
-            is measured on.
+            [samples, ...], for several inputs a list or a dict by name, or batches of these (a
+            tf.data.Dataset). Never those that accuracy is measured on.
         calibrator: as for `quantize`, without "auto".
         io_dtype: of inputs and outputs: "float32", or "int8" ("int16" for "int16x8").
         samples: of the calibration data, a random choice of at most so many.
@@ -158,14 +159,7 @@ class _FloatFile:
             ValueError: they do not fit the inputs.
         """
         names = [info.name for info in self._file.inputs]
-        if isinstance(data, Mapping):
-            missing = [name for name in names if name not in data]
-            if missing:
-                raise ValueError(f"calibration_data has {sorted(data)}, but lacks {missing}.")
-            given = [data[name] for name in names]
-        else:
-            given = list(data) if isinstance(data, (list, tuple)) and len(names) > 1 else [data]
-        arrays = [np.asarray(values) for values in given]
+        arrays = read_arrays(names, data, "calibration_data", count)
         wanted = [tuple(info.signature[1:]) for info in self._file.inputs]
         fits = len(arrays) == len(wanted) and all(
             array.ndim == len(shape) + 1
@@ -227,13 +221,17 @@ class _FloatFile:
             and self._model.buffers[tensor.buffer].data is None
         ]
         portion = int(self._file.inputs[0].shape[0])
-        for begin in range(0, len(samples[0]), _BATCH):
+        batch = max(_BATCH // portion, 1) * portion
+        for begin in range(0, len(samples[0]), batch):
             parts: dict[int, list[Array]] = {index: [] for index in computed}
-            chunk = [array[begin : begin + _BATCH] for array in samples]
-            for start in range(0, len(chunk[0]) - portion + 1, portion):
+            chunk = [array[begin : begin + batch] for array in samples]
+            for start in range(0, len(chunk[0]), portion):
                 for info, array in zip(self._file.inputs, chunk, strict=True):
                     piece = array[start : start + portion].astype(info.dtype)
-                    interpreter.set_tensor(info.index, piece)
+                    # The file takes whole portions: samples of the last may be in it twice.
+                    interpreter.set_tensor(
+                        info.index, np.resize(piece, (portion, *piece.shape[1:]))
+                    )
                 interpreter.invoke()
                 for index in computed:
                     parts[index].append(np.array(interpreter.get_tensor(index)))

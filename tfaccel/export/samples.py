@@ -1,6 +1,6 @@
 """Samples as the user has them, one array per input of the model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -33,7 +33,7 @@ def gather_samples(
     """
     wanted = [tuple(tensor.shape) for tensor in model.inputs]
     try:
-        arrays = _read(model, data, argument, most)
+        arrays = read_arrays(end_names(model)[0], data, argument, most)
     except ValueError as error:
         raise _misfit(model, wanted, f"what cannot be read as such: {error}", argument) from error
     if len(arrays) != len(wanted) or not all(map(_fits, arrays, wanted)):
@@ -54,18 +54,28 @@ def gather_samples(
     return typed
 
 
-def _read(model: keras.Model, data: Any, argument: str, most: int) -> list[Array]:
+def read_arrays(names: Sequence[str], data: Any, argument: str, most: int) -> list[Array]:
+    """Returns an array for each input, whatever their shapes are.
+
+    Args:
+        names: of the inputs.
+        data: as in `gather_samples`.
+        argument: as in `gather_samples`.
+        most: of batches no more are read than hold so many samples.
+
+    Raises:
+        ValueError: an input has no data.
+    """
     whole = hasattr(data, "__array__") or isinstance(data, Mapping)
-    if whole or (isinstance(data, (list, tuple)) and len(model.inputs) > 1):
-        return _per_input(model, data, argument)
+    if whole or (isinstance(data, (list, tuple)) and len(names) > 1):
+        return _per_input(names, data, argument)
     if isinstance(data, Iterable):
-        return _gather(model, data, argument, most)
+        return _gather(names, data, argument, most)
     return [np.asarray(data)]
 
 
-def _per_input(model: keras.Model, x: Any, argument: str) -> list[Array]:
+def _per_input(names: Sequence[str], x: Any, argument: str) -> list[Array]:
     if isinstance(x, Mapping):
-        names = end_names(model)[0]
         missing = [name for name in names if name not in x]
         if missing:
             raise ValueError(f"{argument} has {sorted(x)}, but lacks the inputs {missing}")
@@ -73,11 +83,11 @@ def _per_input(model: keras.Model, x: Any, argument: str) -> list[Array]:
     return [np.asarray(value) for value in (x if isinstance(x, (list, tuple)) else [x])]
 
 
-def _gather(model: keras.Model, batches: Iterable[Any], argument: str, most: int) -> list[Array]:
+def _gather(names: Sequence[str], batches: Iterable[Any], argument: str, most: int) -> list[Array]:
     parts: list[list[Array]] = []
     total = 0
     for batch in batches:
-        arrays = _per_input(model, _without_labels(model, batch), argument)
+        arrays = _per_input(names, _without_labels(names, batch), argument)
         parts.append(arrays)
         total += len(arrays[0]) if arrays and arrays[0].ndim else 0
         if total >= most:
@@ -85,12 +95,12 @@ def _gather(model: keras.Model, batches: Iterable[Any], argument: str, most: int
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
-def _without_labels(model: keras.Model, batch: Any) -> Any:
+def _without_labels(names: Sequence[str], batch: Any) -> Any:
     if not isinstance(batch, tuple):
         return batch
-    several = len(model.inputs) > 1
+    several = len(names) > 1
     # A tuple of plain arrays, one per input, has no labels.
-    bare = several and len(batch) == len(model.inputs) and hasattr(batch[0], "__array__")
+    bare = several and len(batch) == len(names) and hasattr(batch[0], "__array__")
     return batch if bare else batch[0]
 
 

@@ -65,4 +65,20 @@ def analytic_bias(layer: Any, old_kernel: Array, new_kernel: Array, moments: Mom
     """
     lost = to_matrices(layer, np.asarray(old_kernel, np.float64) - new_kernel)
     bias: Array = keras.ops.convert_to_numpy(layer.bias)
-    return bias + np.matmul(spread(layer, moments.mean, lost), lost).ravel()
+    return bias + mean_of_lost(lost, moments).ravel()
+
+
+def mean_of_lost(lost: Array, moments: Moments) -> Array:
+    """Returns (W - W~) E[x], zeros where nothing is known of x.
+
+    Args:
+        lost: [groups, k, n] W - W~.
+        moments: of the layer's input.
+
+    Returns:
+        [groups, 1, n].
+    """
+    if not moments.known:
+        return np.zeros((len(lost), 1, lost.shape[2]))
+    mean: Array = np.matmul(spread(moments.mean, lost), lost)
+    return mean

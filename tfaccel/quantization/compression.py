@@ -33,6 +33,7 @@ from tfaccel.quantization.entropy import (
     huffman_bits,
     huffman_lengths,
 )
+from tfaccel.quantization.packing import check_weights_only
 
 Array = npt.NDArray[Any]
 
@@ -168,10 +169,11 @@ def save_compressed(model: keras.Model, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         TypeError: the model is subclassed, or is no model.
-        ValueError: the model is not built.
+        ValueError: the model is not built, or has a layer whose state is no weight (a vocabulary).
     """
     check_model(model, "save_compressed")
     plain = strip(model)
+    check_weights_only(plain, "save_compressed")
     architecture = zlib.compress(plain.to_json().encode("utf-8"), 9)
     with write_aside(path) as aside, aside.open("wb") as file:
         file.write(_MAGIC + struct.pack("<I", len(architecture)) + architecture)
@@ -205,6 +207,9 @@ def load_compressed(path: str | os.PathLike[str]) -> keras.Model:
             shape, dtype = tuple(variable.shape), np.dtype(variable.dtype)
             value, place = _from_bytes(content, place, shape, dtype)
             variable.assign(value)
+        for layer in flat_layers(model):
+            if isinstance(layer, keras.layers.Normalization):
+                layer.finalize_state()
     except (struct.error, zlib.error, LookupError, OverflowError, ValueError) as error:
         raise ValueError(f"{damaged} ({error})") from error
     if place != len(content):
@@ -234,7 +239,7 @@ class _Encoding:
 def _best(values: Array) -> _Encoding:
     """Returns the form that takes the fewest bits."""
     nothing = np.zeros(0, np.int64)
-    plain = _Encoding(values, FLOAT, values[:0], nothing, nothing)
+    plain = _Encoding(values, FLOAT, values.ravel()[:0], nothing, nothing)
     if values.dtype != np.float32 or not values.size:
         return plain
     # Bits, not numbers: they tell 0.0 and -0.0 apart.

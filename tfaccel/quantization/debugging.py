@@ -13,6 +13,7 @@ from tfaccel.core.graph import flat_layers
 from tfaccel.core.stripping import bake_weights
 from tfaccel.core.transforms import TransformedLayer
 from tfaccel.core.walking import walk
+from tfaccel.quantization.equivalents import rewritten
 from tfaccel.quantization.fake_quantization import FakeQuantize, FakeQuantizeWeights
 from tfaccel.quantization.training import is_quantization_aware
 from tfaccel.rewriting import fold_batch_norm
@@ -163,18 +164,25 @@ def _float_layers(quantized: keras.Model, reference: keras.Model) -> dict[str, A
     norms = [x for x in flat_layers(plain) if isinstance(x, keras.layers.BatchNormalization)]
     if any(norm.name not in names for norm in norms):
         plain = fold_batch_norm(plain)
-    known = {layer.name: layer for layer in flat_layers(plain)}
+    # A layer may stand in the quantized model as the parts that it is written as, or as it is.
+    candidates = [{x.name: x for x in flat_layers(m)} for m in (plain, rewritten(plain))]
+    twins: dict[str, Any] = {}
     for layer in flat_layers(quantized):
         if not isinstance(layer, TransformedLayer):
             continue
-        twin = known.get(layer.name)
-        shapes = [[tuple(weight.shape) for weight in x.weights] for x in (layer.layer, twin) if x]
-        if len(shapes) < 2 or shapes[0] != shapes[1]:
+        found = [known[layer.name] for known in candidates if layer.name in known]
+        alike = [x for x in found if _shapes(x) == _shapes(layer.layer)]
+        if not alike:
             raise ValueError(
                 f"The reference {reference.name!r} has no layer like {layer.name!r} of the "
                 "quantized model. Give the float model that quantize() was given."
             )
-    return known
+        twins[layer.name] = alike[-1]
+    return twins
+
+
+def _shapes(layer: keras.layers.Layer) -> list[tuple[int | None, ...]]:
+    return [tuple(weight.shape) for weight in layer.weights]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -272,7 +272,7 @@ def _absorb(
         gain = excess
         if sign > 0:
             weight = to_matrices(layer, _kernel(layer))
-            gain = np.matmul(spread(layer, excess, weight), weight).ravel()
+            gain = np.matmul(spread(excess, weight), weight).ravel()
         copy.bias.assign(keras.ops.convert_to_numpy(copy.bias) + sign * gain)
         graph.replace_layer(layer, copy)
 
@@ -291,10 +291,18 @@ def _meets_values_only(node: Node) -> bool:
 
 
 def _without_clipping(graph: Graph) -> None:
+    """Makes each ReLU6 a ReLU: layers, activations built in, and functions."""
     for layer in graph.layers():
         if isinstance(layer, layers.ReLU) and layer.max_value is not None:
             config = {**layer.get_config(), "max_value": None}
             graph.replace_layer(layer, layers.ReLU.from_config(config))
+        elif activation_name(layer) == "relu6":
+            copy: Any = clone_built(layer)
+            copy.activation = keras.activations.relu
+            graph.replace_layer(layer, copy)
+    for node in list(graph.nodes):
+        if node.layer is None and activation_of(node) == "relu6":
+            graph.replace_layer(node.operation, layers.ReLU(name=node.name))
 
 
 def _channel_ranges(model: keras.Model, batches: Sequence[Batch]) -> dict[int, Array]:

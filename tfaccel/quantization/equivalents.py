@@ -6,7 +6,7 @@ one factor for each channel, which is exact on an 8-bit grid of its own. Normali
 attention and recurrence are written out, see `composites` and `recurrent_steps`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import keras
@@ -14,7 +14,8 @@ import numpy as np
 from keras import layers
 
 from tfaccel.core.cloning import clone_built, clone_operation
-from tfaccel.core.graph import Graph, Node
+from tfaccel.core.graph import Graph, Node, map_models
+from tfaccel.core.names import FreeNames
 from tfaccel.core.transforms import TransformedLayer, wrap_layer
 from tfaccel.quantization.composites import Attention, Composite, Normalization
 from tfaccel.quantization.operators import (
@@ -41,6 +42,12 @@ _HALVES: dict[type, tuple[type, type]] = {
     layers.SeparableConv2D: (layers.DepthwiseConv2D, layers.Conv2D),
 }
 _DEPTHWISE: dict[int, type] = {3: layers.DepthwiseConv1D, 4: layers.DepthwiseConv2D}  # by rank
+
+
+def has_kernels(layer: keras.layers.Layer) -> bool:
+    """Whether a layer has kernels that are rounded, as it is or in the parts it is written as."""
+    rounded = type(layer) in KERNEL_AXES or type(layer) in _HALVES
+    return rounded or _COMPOSITES.get(type(layer)) in (Recurrence, Attention)
 
 
 def _fused_with(layer: keras.layers.Layer) -> tuple[str, ...]:
@@ -194,6 +201,25 @@ class Rewriter:
         if depthwise is not None:
             self._graph.insert_before(node, x, depthwise)
             self.exact.add(id(depthwise))
+
+
+def rewritten(
+    model: keras.Model, skipped: Collection[int] = (), *, masked: bool = False, wide: bool = False
+) -> keras.Model:
+    """Returns a model whose layers are written as `quantize` writes them, and nothing rounded.
+
+    Args:
+        model: a built Functional or Sequential model; not changed.
+        skipped: ids of the layers that stay as they are.
+        masked: as in `Rewriter`.
+        wide: as in `Rewriter`.
+    """
+
+    def edit(graph: Graph) -> None:
+        names = FreeNames(node.name for node in graph.nodes)
+        Rewriter(graph, set(skipped), names, masked=masked, wide=wide).rewrite()
+
+    return map_models(model, edit)
 
 
 def _without_activation(layer: Any) -> Any:

@@ -8,7 +8,9 @@ import keras
 from tfaccel.core import keras_private
 from tfaccel.core.checks import check_type
 from tfaccel.core.graph import Graph, map_models
+from tfaccel.core.transforms import TransformedLayer
 from tfaccel.quantization.fake_quantization import FakeQuantize
+from tfaccel.quantization.learned_ranges import LearnedStepWeights
 from tfaccel.rewriting.freezable_norm import FreezableBatchNormalization
 
 
@@ -21,8 +23,8 @@ class FreezeRanges(keras.callbacks.Callback):
     when the model is saved, loaded and trained on.
 
     Args:
-        step: update of the optimizer after which ranges are held; of several that are executed at
-            once (`steps_per_execution`), the end of the execution.
+        step: update of the optimizer after which ranges, and trained steps of weights, are held; of
+            several that are executed at once (`steps_per_execution`), the end of the execution.
         batch_norm_step: likewise for batch norm; by default with the ranges.
 
     Raises:
@@ -46,6 +48,9 @@ class FreezeRanges(keras.callbacks.Callback):
         for layer in keras_private.sublayers(trained):
             if isinstance(layer, FakeQuantize):
                 self._waiting.append((self.step, layer.hold_range))
+            elif isinstance(layer, TransformedLayer):
+                learned = [t for _, t in layer.transforms if isinstance(t, LearnedStepWeights)]
+                self._waiting += [(self.step, transform.hold) for transform in learned]
             elif isinstance(layer, FreezableBatchNormalization):
                 self._waiting.append((self.batch_norm_step, layer.freeze_statistics))
         if not self._waiting:

@@ -55,11 +55,14 @@ class LearnedStepWeights(FakeQuantizeWeights):
             )
 
     def state_spec(self, shape: tuple[int, ...], dtype: str) -> dict[str, StateSpec]:
-        """Returns the steps, which are trained."""
+        """Returns the steps, which are trained, and those that they are held at."""
         blocks = self._blocks(keras.ops.zeros(shape, dtype))
         summed = self._summed(len(blocks.shape))
         steps = tuple(1 if a in summed else int(n) for a, n in enumerate(blocks.shape))
-        return {"step": StateSpec(steps, dtype, "ones", trainable=True)}
+        return {
+            "step": StateSpec(steps, dtype, "ones", trainable=True),
+            "held_step": StateSpec(steps, dtype, "zeros"),  # zero: not held
+        }
 
     def initialize(self, weight: Any) -> None:
         """Sets the steps to 2 E|w| / sqrt(q)."""
@@ -69,9 +72,16 @@ class LearnedStepWeights(FakeQuantizeWeights):
         start = 2 * mean / math.sqrt(self.levels[1])
         self.state["step"].assign(keras.ops.where(mean > 0, start, keras.ops.ones_like(mean)))
 
+    def hold(self) -> None:
+        """Stops learning: from the next batch on the steps stay as they are."""
+        step = keras.ops.convert_to_tensor(self.state["step"])
+        self.state["held_step"].assign(keras.ops.maximum(step, keras.config.epsilon()))
+
     def _grid(self, blocks: Any) -> tuple[Any, Any]:  # noqa: ARG002
         step = keras.ops.convert_to_tensor(self.state["step"])
-        positive = keras.ops.maximum(step, keras.config.epsilon())
+        held = keras.ops.convert_to_tensor(self.state["held_step"])
+        # An optimizer with momentum goes on moving what gets no gradient any more.
+        positive = keras.ops.where(held > 0, held, _at_least(step, keras.config.epsilon()))
         return positive + keras.ops.stop_gradient(self._stored(positive) - positive), None
 
     def integers(self, weight: Any) -> Any:
@@ -87,6 +97,12 @@ class LearnedStepWeights(FakeQuantizeWeights):
         share = _weights_of_a_step(blocks.shape, step.shape)
         scaled = scale_gradient(step, 1 / math.sqrt(share * self.levels[1]))
         return keras.ops.reshape(_rounded(blocks, scaled, *self.levels), weight.shape)
+
+
+def _at_least(value: Any, floor: Any) -> Any:
+    """Returns the larger; the gradient flows all the same, for else it could not come back up."""
+    stopped = keras.ops.stop_gradient
+    return stopped(keras.ops.maximum(value, floor)) + (value - stopped(value))
 
 
 def _weights_of_a_step(weights: Any, steps: Any) -> int:
@@ -147,9 +163,7 @@ class LearnedRange(FakeQuantize):
         return self._learned(keras.ops.convert_to_tensor(self._first))
 
     def _learned(self, first: Any) -> Any:
-        moved = keras.ops.maximum(
-            first + keras.ops.convert_to_tensor(self._change), _LEAST_SHARE * first
-        )
+        moved = _at_least(first + keras.ops.convert_to_tensor(self._change), _LEAST_SHARE * first)
         # An optimizer with momentum goes on moving what gets no gradient any more.
         return keras.ops.where(keras.ops.convert_to_tensor(self.held) > 0, first, moved)
 

@@ -10,11 +10,12 @@ import numpy as np
 from tfaccel.core.checks import check_model, check_type
 from tfaccel.core.cloning import clone_operation
 from tfaccel.core.graph import Graph, flat_layers, map_models
+from tfaccel.core.names import FreeNames
 from tfaccel.core.nodes import Node, swap
 from tfaccel.core.selection import Choice, Selector, select_layers
 from tfaccel.core.transforms import PRUNE, TransformedLayer, transformed_layers, wrap_layer
-from tfaccel.core.walking import Visit, walk_shapes
 from tfaccel.quantization.binary_layers import Binarize, InputScale
+from tfaccel.quantization.ends import layers_at_ends
 from tfaccel.quantization.low_bit_weights import LOW_BIT, LowBitWeights
 
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
@@ -116,7 +117,7 @@ def low_bit_plan(
     """
     check_model(model, "low_bit_plan")
     method = LOW_BIT.get(how)
-    first, last = _ends(model)
+    first, last = layers_at_ends(model, _has_kernel)
     choices = []
     for choice in select_layers(model, include, exclude):
         layer = choice.layer
@@ -179,40 +180,8 @@ def _check_earlier_transforms(
                 )
 
 
-def _ends(model: keras.Model) -> tuple[set[int], set[int]]:
-    """Returns the ids of the layers with kernels that no other is in front of, or behind."""
-    ends: list[Any] = []
-
-    def steps() -> Iterator[Visit]:
-        ends.extend((yield from walk_shapes(model, model.inputs)))
-
-    visits = list(steps())
-    first: set[int] = set()
-    behind: set[int] = set()
-    for visit in visits:
-        seen = any(id(tensor) in behind for tensor in visit.inputs)
-        kernel = _kernel_layer(visit)
-        if kernel is not None and not seen:
-            first.add(id(kernel))
-        if kernel is not None or seen:
-            behind.update(id(tensor) for tensor in visit.outputs)
-    last: set[int] = set()
-    open_ends = {id(tensor) for tensor in ends}
-    for visit in reversed(visits):
-        if any(id(tensor) in open_ends for tensor in visit.outputs):
-            kernel = _kernel_layer(visit)
-            if kernel is not None:
-                last.add(id(kernel))
-            else:
-                open_ends.update(id(tensor) for tensor in visit.inputs)
-    return first, last
-
-
-def _kernel_layer(visit: Visit) -> keras.layers.Layer | None:
-    layer = visit.node.layer
-    inner = layer.layer if isinstance(layer, TransformedLayer) else layer
-    has_kernel = inner is not None and any(len(v.shape) > 1 for v in inner.weights)
-    return inner if has_kernel else None
+def _has_kernel(layer: keras.layers.Layer) -> bool:
+    return any(len(weight.shape) > 1 for weight in layer.weights)
 
 
 @dataclasses.dataclass
@@ -234,7 +203,7 @@ class _Rewriter:
     ) -> None:
         self._transforms = transforms
         self._batch_norm = batch_norm
-        self._names = names  # that are taken
+        self._free_name = FreeNames(names)
         self._made: dict[int, _Parts] = {}
 
     def edit(self, graph: Graph) -> None:
@@ -275,14 +244,6 @@ class _Rewriter:
                     **policy,
                 )
         return parts
-
-    def _free_name(self, wanted: str) -> str:
-        name, number = wanted, 0
-        while name in self._names:
-            number += 1
-            name = f"{wanted}_{number}"
-        self._names.add(name)
-        return name
 
     def _feed_signs(self, graph: Graph, node: Node, parts: _Parts) -> None:
         tensor = node.inputs[0]

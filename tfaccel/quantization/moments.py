@@ -16,7 +16,7 @@ from keras import layers
 
 from tfaccel.core.transforms import TransformedLayer
 from tfaccel.core.walking import walk
-from tfaccel.quantization.patches import AS_MATRICES, bias_of, groups_of, to_matrices
+from tfaccel.quantization.patches import AS_MATRICES, bias_of, to_matrices
 
 Array = npt.NDArray[Any]
 
@@ -104,6 +104,8 @@ def _cumulative(z: Array) -> Array:
 def follow_moments(model: keras.Model) -> tuple[dict[str, Moments], dict[str, Moments]]:
     """Returns what every layer or operation gets and gives, by its name.
 
+    Of an operation that gives several values, as a split does, nothing is known.
+
     Args:
         model: a float model, its batch norm not folded.
     """
@@ -114,16 +116,13 @@ def follow_moments(model: keras.Model) -> tuple[dict[str, Moments], dict[str, Mo
         given = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Moments)]
         inner = operation.layer if isinstance(operation, TransformedLayer) else operation
         gets[operation.name] = given[0]
-        gives[operation.name] = after = _after(inner, given)
-        return after
+        outputs = keras.tree.flatten(operation.output)
+        after = _after(inner, given) if len(outputs) == 1 else UNKNOWN
+        gives[operation.name] = after
+        return [after] * len(outputs)
 
-    steps = walk(model, [UNKNOWN] * len(model.inputs), call)
-    for visit in steps:
-        if len(visit.node.outputs) > 1:
-            raise ValueError(
-                f"Without data, ranges follow one value after the other, but {visit.node.name!r} "
-                "gives several. Give calibration_data."
-            )
+    for _ in walk(model, [UNKNOWN] * len(model.inputs), call):
+        pass
     return gets, gives
 
 
@@ -174,13 +173,17 @@ def _after_norm(norm: Any) -> Moments:
 
 def _after_kernel(layer: Any, moments: Moments) -> Moments:
     weight = to_matrices(layer, np.asarray(keras.ops.convert_to_numpy(layer.kernel), np.float64))
-    mean = np.matmul(spread(layer, moments.mean, weight), weight) + bias_of(layer)
-    variance = np.matmul(spread(layer, moments.variance, weight), weight**2)
+    mean = np.matmul(spread(moments.mean, weight), weight) + bias_of(layer)
+    variance = np.matmul(spread(moments.variance, weight), weight**2)
     return Moments(mean.ravel(), variance.ravel())
 
 
-def spread(layer: Any, values: Any, weight: Array) -> Array:
-    """Returns a number for each input channel as the row [groups, 1, k] that meets the kernel."""
-    groups = groups_of(layer)
-    split = np.asarray(values).reshape(groups, 1, -1)
+def spread(values: Any, weight: Array) -> Array:
+    """Returns a number for each input channel as the row [groups, 1, k] that meets a kernel.
+
+    Args:
+        values: [channels].
+        weight: [groups, k, n] the kernel.
+    """
+    split = np.asarray(values).reshape(len(weight), 1, -1)
     return np.tile(split, (1, 1, weight.shape[1] // split.shape[2]))

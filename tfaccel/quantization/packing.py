@@ -107,13 +107,7 @@ def save_packed(model: keras.Model, path: str | os.PathLike[str]) -> PackedSize:
             "Give what low_bit(model) returned, before tfaccel.strip."
         )
     plain = strip(model)
-    for layer in flat_layers(plain):
-        if hasattr(layer, "save_assets"):
-            raise ValueError(
-                f"save_packed() stores weights, but layer {layer.name!r} "
-                f"({type(layer).__name__}) keeps a vocabulary beside them. Leave it out of the "
-                "model, and apply it to the data."
-            )
+    check_weights_only(plain, "save_packed")
     entries, blobs, sizes = [], [], {RAW: 0, "codes": 0, "scales": 0}
     for variable in plain.weights:
         values = keras.ops.convert_to_numpy(variable)
@@ -143,6 +137,22 @@ def save_packed(model: keras.Model, path: str | os.PathLike[str]) -> PackedSize:
         other_bytes=sizes[RAW],
         float_bytes=sum(keras.ops.convert_to_numpy(v).nbytes for v in plain.weights),
     )
+
+
+def check_weights_only(model: keras.Model, verb: str) -> None:
+    """Raises ValueError if a layer keeps something that is no weight.
+
+    Args:
+        model: whose weights are to be stored.
+        verb: what the user has called.
+    """
+    for layer in flat_layers(model):
+        if hasattr(layer, "save_assets"):
+            raise ValueError(
+                f"{verb}() stores weights, but layer {layer.name!r} ({type(layer).__name__}) "
+                "keeps a vocabulary beside them. Leave it out of the model, and apply it to the "
+                "data."
+            )
 
 
 def load_packed(path: str | os.PathLike[str]) -> keras.Model:

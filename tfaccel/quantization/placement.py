@@ -14,6 +14,7 @@ import keras
 from keras import layers
 
 from tfaccel.core.graph import Graph, Node, Tensor
+from tfaccel.core.names import FreeNames
 from tfaccel.core.transforms import TransformedLayer, wrap_layer
 from tfaccel.quantization.equivalents import Rewriter
 from tfaccel.quantization.fake_quantization import Dequantize, FakeQuantize, Floor
@@ -68,7 +69,7 @@ class Wishes:
         ranges: makes what rounds.
         skipped: for each layer that the user leaves in float, by identity, the reason.
         schemes: for layers that have a scheme of their own, by name.
-        ends: names of the first and the last layer that has a kernel.
+        ends: names of the layers with kernels that no other is in front of, or behind.
         masked: whether layers hand masks on.
     """
 
@@ -97,7 +98,7 @@ class Placer:
         self._integer: set[int] = set()  # tensors that are on a grid
         self._absorbed: dict[int, str] = {}  # nodes that are parts of another's operator
         self._float: list[Node] = []  # nodes that are computed in float
-        self._names = {node.name for node in graph.nodes}
+        self._free_name = FreeNames(node.name for node in graph.nodes)
         self._rewriter = Rewriter(
             graph,
             set(wishes.skipped),
@@ -192,7 +193,7 @@ class Placer:
         if id(layer) in self._skipped:
             return self._skipped[id(layer)]
         before = self._graph.producer(node.inputs[0]) if node.inputs else None
-        if before in self._float and (is_relu(node) or folds_into(self._graph, node, before)):
+        if before in self._float and (is_relu(node) or self._folds(node, before)):
             return f"computed in one with {before.name!r}, which stays in float"
         if _is_changed_by_keras(layer):
             return _CHANGED
@@ -204,6 +205,9 @@ class Placer:
                 return f"{_name_of(node)} in 16 bits is not covered"
             return ""
         return _why_uncovered(node)
+
+    def _folds(self, node: Node, before: Node) -> bool:
+        return is_batch_norm(node) and folds_into(self._graph, node, before)
 
     def _quantize_output(self, node: Node) -> tuple[str, str]:
         if not is_concatenation(node):  # the inputs of a concatenation take its range
@@ -217,7 +221,7 @@ class Placer:
         output = last.outputs[0]
         if self._takes_range_of_reader(node, output):
             return QUANTIZED, "takes the range of the concatenation that reads it"
-        self._quantize(output, FIXED_RANGES.get(activation_of(node)))
+        self._quantize(output, FIXED_RANGES.get(activation_of(node)), scheme_of=node)
         return QUANTIZED, kind_of(node) or "concatenation"
 
     def _takes_range_of_reader(self, node: Node, output: Tensor) -> bool:
@@ -231,7 +235,7 @@ class Placer:
         readers = self._graph.consumers(output)
         if len(readers) != 1 or self._graph.is_output(output):
             return False
-        return is_concatenation(readers[0]) and id(readers[0].layer) not in self._skipped
+        return is_concatenation(readers[0]) and not self._refusal(readers[0])
 
     def _operator_end(self, node: Node) -> Node:
         """Returns the last call that the runtime computes in one operator with `node`."""
@@ -284,9 +288,16 @@ class Placer:
         else:
             self._quantize(tensor)
 
-    def _quantize(self, tensor: Tensor, fixed_range: tuple[float, float] | None = None) -> None:
+    def _quantize(
+        self,
+        tensor: Tensor,
+        fixed_range: tuple[float, float] | None = None,
+        *,
+        scheme_of: Node | None = None,
+    ) -> None:
+        """Puts a value on a grid, by the scheme of the call that begins its operator."""
         producer = self._graph.producer(tensor)
-        scheme = self._scheme_of(producer.name)
+        scheme = self._scheme_of((scheme_of or producer).name)
         no_negatives = gives_no_negatives(producer)
         bits = scheme.activation_bits
         layer = self._wishes.ranges.round_values(
@@ -301,8 +312,10 @@ class Placer:
 
     def _scheme_of(self, name: str) -> Scheme:
         """Returns the scheme of a layer, or of that which it is a part of."""
-        known = self._wishes.schemes
-        return known.get(self._rewriter.origins.get(name, name), self._wishes.scheme)
+        return self._wishes.schemes.get(self._origin(name), self._wishes.scheme)
+
+    def _origin(self, name: str) -> str:
+        return self._rewriter.origins.get(name, name)
 
     def _fence(self, node: Node) -> None:
         """Ends the integers before a call that is computed in float."""
@@ -314,20 +327,12 @@ class Placer:
     def _mark(self, *tensors: Tensor) -> None:
         self._integer.update(map(id, tensors))
 
-    def _free_name(self, wanted: str) -> str:
-        name, number = wanted, 0
-        while name in self._names:
-            number += 1
-            name = f"{wanted}_{number}"
-        self._names.add(name)
-        return name
-
     def _quantize_kernel(self, layer: keras.layers.Layer) -> None:
         inner = layer.layer if isinstance(layer, TransformedLayer) else layer
         scheme = self._scheme_of(layer.name)
         transform = self._wishes.ranges.round_weights(
             KERNEL_AXES[type(inner)],
-            scheme.bits_of_weights(at_end=layer.name in self._wishes.ends),
+            scheme.bits_of_weights(at_end=self._origin(layer.name) in self._wishes.ends),
             symmetric=scheme.symmetric_weights,
             block=scheme.weight_block if isinstance(inner, layers.Dense) else None,
         )

@@ -19,6 +19,7 @@ from tfaccel.quantization.bias_correction import (
     analytic_bias,
     check_correction,
     empirical_bias,
+    mean_of_lost,
 )
 from tfaccel.quantization.calibration import (
     CALIBRATORS,
@@ -30,14 +31,14 @@ from tfaccel.quantization.calibration import (
 from tfaccel.quantization.equalization import equalize_folded
 from tfaccel.quantization.fake_quantization import FakeQuantize, FakeQuantizeWeights
 from tfaccel.quantization.grids import round_to, weight_scales
-from tfaccel.quantization.moments import Moments, follow_moments
+from tfaccel.quantization.moments import UNKNOWN, Moments, follow_moments
 from tfaccel.quantization.patches import AS_MATRICES, to_kernel, to_matrices
 from tfaccel.quantization.placement import QUANTIZED
 from tfaccel.quantization.rounding import ROUNDINGS, Rounding
 from tfaccel.quantization.schemes import DYNAMIC_INT8, FLOAT16, FLOAT32, SCHEMES, Scheme
 from tfaccel.quantization.second_order import GPTQ
 from tfaccel.quantization.sequential import LayerProblem, SequentialAdjustment
-from tfaccel.quantization.training import is_quantization_aware, place
+from tfaccel.quantization.training import is_quantization_aware, name_floats, place, written_out
 from tfaccel.rewriting import fold_batch_norm
 from tfaccel.rewriting.sampling import Batch, gather_batches, outputs_of
 
@@ -88,7 +89,7 @@ def quantize(
             stays.
         correct_bias: "empirical" (or True): the mean error of every layer on the calibration data
             is taken back by its bias, one layer after the other; "analytic": by what batch norm
-            says of the inputs, without data; "none" (or False).
+            says of the inputs, without data, where it says anything; "none" (or False).
         rounding: of kernels: "nearest"; "adaround" (up or down, as the layer's output wants
             it); "gptq" (one weight after the other, the rest making up for it); or an
             instance of `AdaRound` or `GPTQ` with settings of its own. The last two also make
@@ -100,13 +101,14 @@ def quantize(
         verbose: prints each layer that is done.
 
     Returns:
-        The quantized model, layer names those of the folded original.
+        The quantized model, layer names those of the folded original. What stays in float is named
+        in a logged line.
 
     Raises:
         TypeError: the model is subclassed, or the data are of another kind.
         ValueError: the model is not built or is quantization-aware already, the data do not fit
             it, the scheme has no integers between layers, a name is not known, a value is not
-            finite, or there is nothing to quantize.
+            finite, there is nothing to quantize, or no batch norm to correct biases by.
 
     References:
         Krishnamoorthi 2018, Quantizing deep convolutional networks for efficient inference; Nagel
@@ -128,7 +130,10 @@ def quantize(
         )
     batches = gather_batches(model, calibration_data, samples, seed, "quantize")
     plain = bake_weights(model)
-    moments = follow_moments(plain)[0] if correction == ANALYTIC else {}
+    moments: dict[str, Moments] = {}
+    if correction == ANALYTIC:
+        moments = follow_moments(written_out(plain, chosen, include, exclude))[0]
+        _check_moments(model, moments)
     folded = fold_batch_norm(plain)
     if equalize:
         folded, factors = equalize_folded(folded)
@@ -139,11 +144,12 @@ def quantize(
         raise ValueError(
             f"quantize() found nothing to quantize in {model.name!r} ({reasons or 'no layers'})."
         )
+    name_floats(model, decisions)
     if ranges is None:
         ranges = choose_calibrator(placed, batches, verbose=verbose)
     set_ranges(observe(placed, batches), ranges)
     if how.sequential or correction == EMPIRICAL:
-        _adjust_in_turn(placed, batches, how, correction, seed=seed, verbose=verbose)
+        _adjust_in_turn(placed, batches, how, correction, moments, seed=seed, verbose=verbose)
     else:
         round_to_nearest(placed, moments)
     return placed
@@ -163,34 +169,59 @@ def _check_scheme(scheme: Scheme) -> None:
         )
 
 
+def _check_moments(model: keras.Model, moments: dict[str, Moments]) -> None:
+    if not any(known.known for known in moments.values()):
+        raise ValueError(
+            f"correct_bias='analytic' goes by what batch norm says of the inputs of layers, but "
+            f"{model.name!r} has no batch norm in front of one. Leave it to the data: "
+            "correct_bias='empirical'."
+        )
+
+
 def choose_calibrator(
     model: keras.Model, batches: Sequence[Batch], *, verbose: bool = False
 ) -> Calibrator:
     """Returns the calibrator whose ranges leave the least error at a model's outputs.
 
-    Every fourth batch judges what the others have given; of a single batch, all of it does both.
+    Every fourth batch judges what the others have given; fewer batches than four are divided. Each
+    output counts by its own variance.
 
     Args:
         model: with fake quantization; its ranges are overwritten.
         batches: of calibration data.
         verbose: prints the errors.
     """
+    if len(batches) < _HELD_OUT:
+        batches = [part for batch in batches for part in _divided(batch)]
     judges = batches[_HELD_OUT - 1 :: _HELD_OUT] or batches[-1:]
     others = [batch for batch in batches if not any(batch is judge for judge in judges)] or judges
     statistics = observe(model, others)
     _forget(statistics)
     expected = [outputs_of(model, batch) for batch in judges]
+    variances = [
+        float(np.var(np.concatenate([np.ravel(batch) for batch in values]))) or 1.0
+        for values in zip(*expected, strict=True)
+    ]
     errors: dict[str, float] = {}
     for name in CALIBRATORS.names():
         set_ranges(statistics, CALIBRATORS.get(name))
         errors[name] = sum(
-            float(((ours - wanted) ** 2).sum())
+            float(((ours - wanted) ** 2).sum()) / variance
             for batch, ends in zip(judges, expected, strict=True)
-            for ours, wanted in zip(outputs_of(model, batch), ends, strict=True)
+            for ours, wanted, variance in zip(
+                outputs_of(model, batch), ends, variances, strict=True
+            )
         )
         if verbose:
             print(f"calibrator {name}: squared error {errors[name]:.4g}", flush=True)  # noqa: T201
     return CALIBRATORS.get(min(errors, key=lambda name: errors[name]))
+
+
+def _divided(batch: Batch) -> list[Batch]:
+    """Returns a batch in as many parts as there are judges to be had, none of them empty."""
+    count = min(_HELD_OUT, len(batch[0]))
+    parts = zip(*(np.array_split(array, count) for array in batch), strict=True)
+    return [list(part) for part in parts]
 
 
 def _forget(statistics: dict[FakeQuantize, Statistics]) -> None:
@@ -203,14 +234,18 @@ def _adjust_in_turn(
     batches: Sequence[Batch],
     how: Rounding,
     correction: str,
+    moments: dict[str, Moments],
     *,
     seed: int,
     verbose: bool,
 ) -> None:
     def adjust(problem: LayerProblem) -> tuple[Array, Array]:
         weight = how.round_weight(problem)
-        corrected = correction == EMPIRICAL
-        bias = empirical_bias(problem, weight) if corrected else problem.bias
+        if correction == EMPIRICAL:
+            bias = empirical_bias(problem, weight)
+        else:
+            known = moments.get(problem.name, UNKNOWN)
+            bias = problem.bias + mean_of_lost(problem.weight - weight, known)
         if verbose:
             error = np.mean(
                 (np.matmul(problem.inputs, weight) + bias - problem.float_outputs()) ** 2

@@ -4,8 +4,9 @@ Each layer is adjusted when all before it are: it sees, for the calibration data
 float and what it gets from the quantized layers, and may make up for the difference.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -13,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tfaccel.core.cloning import clone_built
+from tfaccel.core.graph import flat_layers
 from tfaccel.core.transforms import TransformedLayer
-from tfaccel.core.walking import read_graphs, walk
+from tfaccel.core.walking import read_graphs, walk, walk_shapes
 from tfaccel.quantization.fake_quantization import FakeQuantize, FakeQuantizeWeights
 from tfaccel.quantization.operators import RELUS, activation_name, activation_of, is_relu
 from tfaccel.quantization.patches import (
@@ -54,7 +56,8 @@ class LayerProblem:
         bias: [groups, 1, n] the float bias.
         bits: of a rounded weight.
         float_inputs: [groups, samples, k] what the float layer gets at some places.
-        inputs: the same places, as the quantized layers before give them.
+        inputs: the same places, as the quantized layers before give them. Of a layer that is called
+            more than once, which would be rounded before some of its inputs are, as in float.
         activation: "linear", "relu" or "relu6": what the runtime computes in one with it.
         seed: for what is random.
     """
@@ -118,16 +121,55 @@ class SequentialAdjustment:
         self._seed = seed
         self._float_layers: dict[int, Any] = {}
         self._activations = dict(_activations(model))
+        self._of_shared: dict[int, list[Array]] = {}  # patches that a layer gets in all its calls
 
     def run(self) -> None:
         """Adjusts all layers."""
         specs = self._model.inputs
-        inputs = [
+        given = [
             [keras.ops.convert_to_tensor(batch[place], spec.dtype) for batch in self._batches]
             for place, spec in enumerate(specs)
         ]
-        for _ in walk(self._model, [Both(values, values) for values in inputs], self._call):
+        inputs = [Both(values, values) for values in given]
+        visits = walk_shapes(self._model, specs)
+        calls = collections.Counter(id(visit.node.operation) for visit in visits)
+        if any(count > 1 and self._rounds(x) for x, count in _counted(self._model, calls)):
+            self._look_at_shared(inputs, calls)
+        for _ in walk(self._model, inputs, self._call):
             pass
+
+    def _look_at_shared(self, inputs: list[Both], calls: Mapping[int, int]) -> None:
+        """Cuts patches of what layers get that are called more than once, all in float."""
+
+        def call(operation: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(operation, FakeQuantize):
+                return args[0]
+            if calls[id(operation)] > 1 and self._rounds(operation):
+                value = next(x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Both))
+                seed = self._seed + len(self._of_shared)
+                count = -(-self._places // (len(self._batches) * calls[id(operation)]))
+                self._of_shared.setdefault(id(operation), []).append(
+                    self._cut(operation.layer, value.floats, count, seed)
+                )
+            plain = operation.layer if isinstance(operation, TransformedLayer) else operation
+            floats = self._map(plain, args, kwargs, "floats")
+            return _transposed(floats, floats)
+
+        for _ in walk(self._model, inputs, call):
+            pass
+
+    @staticmethod
+    def _cut(layer: Any, batches: list[Any], count: int, seed: int) -> Array:
+        patches = [cut_patches(layer, x, count, seed + n) for n, x in enumerate(batches)]
+        return np.concatenate(patches, axis=1)
+
+    @staticmethod
+    def _rounds(operation: Any) -> bool:
+        return (
+            isinstance(operation, TransformedLayer)
+            and type(operation.layer) in AS_MATRICES
+            and any(isinstance(t, FakeQuantizeWeights) for _, t in operation.transforms)
+        )
 
     def _call(self, operation: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(operation, FakeQuantize):
@@ -156,16 +198,16 @@ class SequentialAdjustment:
     def _visit(self, wrapped: TransformedLayer, value: Both) -> None:
         layer: Any = wrapped.layer
         bits = [t.bits for _, t in wrapped.transforms if isinstance(t, FakeQuantizeWeights)]
-        if type(layer) not in AS_MATRICES or not bits:
+        if not self._rounds(wrapped):
             return
         seed = self._seed + len(self._float_layers)
         share = -(-self._places // len(self._batches))
-        floats, rounded = (
-            np.concatenate(
-                [cut_patches(layer, x, share, seed + n) for n, x in enumerate(values)], axis=1
+        if id(wrapped) in self._of_shared:
+            floats = rounded = np.concatenate(self._of_shared.pop(id(wrapped)), axis=1)
+        else:
+            floats, rounded = (
+                self._cut(layer, values, share, seed) for values in (value.floats, value.rounded)
             )
-            for values in (value.floats, value.rounded)
-        )
         kernel = keras.ops.convert_to_numpy(layer.kernel)
         problem = LayerProblem(
             name=layer.name,
@@ -182,6 +224,11 @@ class SequentialAdjustment:
         _check_on_grid(wrapped)
         if layer.use_bias:
             layer.bias.assign(bias.ravel())
+
+
+def _counted(model: keras.Model, calls: Mapping[int, int]) -> Iterator[tuple[Any, int]]:
+    for layer in flat_layers(model):
+        yield layer, calls[id(layer)]
 
 
 def _check_on_grid(wrapped: TransformedLayer) -> None:

@@ -1,6 +1,7 @@
 """Quantization-aware training: a model that rounds in training as its runtime will."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -9,9 +10,10 @@ from tfaccel.core.checks import check_model, check_type
 from tfaccel.core.graph import Graph, flat_layers, map_models
 from tfaccel.core.selection import Selector, select_layers
 from tfaccel.core.transforms import TransformedLayer
+from tfaccel.quantization.ends import layers_at_ends
+from tfaccel.quantization.equivalents import has_kernels, rewritten
 from tfaccel.quantization.fake_quantization import FakeQuantize, FakeQuantizeWeights
-from tfaccel.quantization.operators import KERNEL_AXES
-from tfaccel.quantization.placement import QUANTIZED, Decision, Placer, Wishes
+from tfaccel.quantization.placement import FLOAT, QUANTIZED, Decision, Placer, Wishes
 from tfaccel.quantization.ranges import RANGES, Ranges
 from tfaccel.quantization.schemes import (
     INT4,
@@ -22,6 +24,8 @@ from tfaccel.quantization.schemes import (
     SCHEMES,
     Scheme,
 )
+
+_LOG = logging.getLogger(__name__)
 
 PerLayer = Mapping[str, str | Scheme]
 
@@ -62,7 +66,7 @@ def quantize_aware(
 
     Returns:
         The rewritten model, weights carried over; its ranges are learnt in training. What is not
-        covered stays in float: `plan` names it.
+        covered stays in float: a logged line names it, and `plan` says so before.
 
     Raises:
         TypeError: the model is subclassed.
@@ -89,14 +93,24 @@ def quantize_aware(
             f"{model.name!r} is quantization-aware already. Train it on, or begin with the model "
             "that it was made from."
         )
-    rewritten, decisions = place(model, chosen, include, exclude, ranges, per_layer)
+    aware, decisions = place(model, chosen, include, exclude, ranges, per_layer)
     if all(decision.action != QUANTIZED for decision in decisions):
         reasons = "; ".join(f"{d.name}: {d.reason}" for d in decisions)
         raise ValueError(
             f"quantize_aware() found nothing to quantize in {model.name!r} "
             f"({reasons or 'no layers'})."
         )
-    return rewritten
+    name_floats(model, decisions)
+    return aware
+
+
+def name_floats(model: keras.Model, decisions: Sequence[Decision]) -> None:
+    """Logs a line that names what stays in float, though nobody has asked for it."""
+    asked = ("excluded", "not included")  # tfaccel.core.selection
+    found = [d for d in decisions if d.action == FLOAT and d.reason not in asked]
+    if found:
+        names = ", ".join(f"{d.name!r} ({d.reason})" for d in found)
+        _LOG.warning("%r is quantized but for %s", model.name, names)
 
 
 def trainable_schemes() -> list[str]:
@@ -157,16 +171,6 @@ def scheme_of(model: keras.Model) -> Scheme | None:
     return INT4 if low else INT8
 
 
-def _ends(model: keras.Model) -> set[str]:
-    """Returns the names of the first and of the last layer that has a kernel."""
-    names = [layer.name for layer in flat_layers(model) if _has_kernel(layer)]
-    return {*names[:1], *names[-1:]}
-
-
-def _has_kernel(layer: keras.layers.Layer) -> bool:
-    return type(layer.layer if isinstance(layer, TransformedLayer) else layer) in KERNEL_AXES
-
-
 def place(
     model: keras.Model,
     scheme: Scheme,
@@ -185,17 +189,14 @@ def place(
         ranges: how they are found in training.
         per_layer: schemes of layers that differ, by name or pattern.
     """
+    at_ends = set[int]().union(*layers_at_ends(model, has_kernels))
     wishes = Wishes(
         scheme=scheme,
         ranges=RANGES.get(ranges),
-        skipped={
-            id(choice.layer): choice.reason
-            for choice in select_layers(model, include, exclude)
-            if not choice.chosen
-        },
+        skipped=_skipped(model, include, exclude),
         schemes=_schemes_of_layers(model, scheme, per_layer),
-        ends=_ends(model),
-        masked=any(map(_makes_a_mask, flat_layers(model))),
+        ends={layer.name for layer in _inner_layers(model) if id(layer) in at_ends},
+        masked=_has_masks(model),
     )
     decisions: list[Decision] = []
 
@@ -233,6 +234,41 @@ def _kind_of_activations(scheme: Scheme) -> str:
         return "activations in float"
     bits = "16" if scheme.activation_bits == 16 else "8 or fewer"
     return f"{'symmetric ' if scheme.symmetric_activations else ''}activations of {bits} bits"
+
+
+def written_out(
+    model: keras.Model, scheme: Scheme, include: Selector | None, exclude: Selector | None
+) -> keras.Model:
+    """Returns the model with its layers written as `place` writes them, and nothing rounded.
+
+    Args:
+        model: as in `place`.
+        scheme: as in `place`.
+        include: as in `place`.
+        exclude: as in `place`.
+    """
+    if not scheme.integer_activations:
+        return model
+    skipped = _skipped(model, include, exclude)
+    wide = scheme.activation_bits == 16
+    return rewritten(model, skipped, masked=_has_masks(model), wide=wide)
+
+
+def _skipped(
+    model: keras.Model, include: Selector | None, exclude: Selector | None
+) -> dict[int, str]:
+    """Returns the reason for each layer that stays in float as its user wants, by its id."""
+    choices = select_layers(model, include, exclude)
+    return {id(choice.layer): choice.reason for choice in choices if not choice.chosen}
+
+
+def _has_masks(model: keras.Model) -> bool:
+    return any(map(_makes_a_mask, flat_layers(model)))
+
+
+def _inner_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    for layer in flat_layers(model):
+        yield layer.layer if isinstance(layer, TransformedLayer) else layer
 
 
 def _makes_a_mask(layer: keras.layers.Layer) -> bool:
