@@ -80,7 +80,7 @@ def run(model):
     return np.asarray(model(make_data(model)[0]))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("case", CASES)
 def test_neutral_transforms_change_no_digit_of_training(case):
     plain = make_model(case)
@@ -115,7 +115,7 @@ def test_layer_sees_the_transformed_weight(case):
         np.testing.assert_array_equal(run(plain_again), run(halved))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("case", CASES)
 def test_saved_in_mid_training_goes_on_as_if_not_stopped(case, tmp_path):
     through = transform_model(make_model(case), all_weights(Scaled))

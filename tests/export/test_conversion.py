@@ -36,7 +36,7 @@ def export(model, folder, scheme="float32", **options):
     return to_tflite(model, folder / f"{scheme}.tflite", scheme, **options)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("make_model", [convolutional, sequential, nested])
 def test_outputs_are_those_of_keras(make_model, scheme, tmp_path):

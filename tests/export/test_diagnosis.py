@@ -102,6 +102,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("make_model", "options", "message"), REFUSED.values(), ids=REFUSED)
 def test_error_names_layer_and_remedy_and_leaves_nothing(make_model, options, message, tmp_path):
     model = make_model()

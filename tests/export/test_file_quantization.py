@@ -119,6 +119,7 @@ def test_nonsense_is_refused(source, tmp_path):
         quantize_file(quantized, tmp_path / "again.tflite", "int8", x)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("batch", "samples"), [(8, 5), (12, 16), (32, 20), (32, 40)])
 def test_every_sample_counts_whatever_the_files_batch(batch, samples, tmp_path):
     model = network(body)

@@ -35,7 +35,7 @@ FORMS = {
 }
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("make_model", "data"), FORMS.values(), ids=FORMS)
 def test_every_form_agrees_with_keras(make_model, data, scheme, tmp_path):

@@ -186,7 +186,7 @@ WRITTEN_OUT = {
 }
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("body", OPERATORS.values(), ids=OPERATORS)
 def test_operator_is_all_integers_and_within_one_step(body, tmp_path):
     model, aware = aware_network(body)
@@ -203,7 +203,7 @@ def _check_audit(artifact):
     assert artifact.audit.max_steps <= 1.001
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("body", WRITTEN_OUT.values(), ids=WRITTEN_OUT)
 def test_layer_of_many_operators_is_all_integers_and_each_within_one_step(body, tmp_path):
     model, aware = aware_network(body)
@@ -216,7 +216,7 @@ def test_layer_of_many_operators_is_all_integers_and_each_within_one_step(body, 
     assert (apart > 1.001).mean() <= 1e-2
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("body", COMPOSED.values(), ids=COMPOSED)
 def test_composition_is_all_integers_and_close(body, tmp_path):
     model, aware = aware_network(body)
@@ -269,7 +269,7 @@ UNCOVERED = {
 }
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(("body", "reason"), UNCOVERED.values(), ids=UNCOVERED)
 def test_what_is_not_covered_stays_float_is_named_and_agrees(body, reason, tmp_path):
     model, aware = aware_network(body)
@@ -464,6 +464,7 @@ IN_SIXTEEN_BITS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("body", IN_SIXTEEN_BITS.values(), ids=IN_SIXTEEN_BITS)
 def test_what_a_float_concatenation_reads_keeps_its_own_range(body, tmp_path):
     """In 16 bits a concatenation is float; what it reads must not wait for its range."""

@@ -24,6 +24,7 @@ from tfaccel.quantization import (
 from tfaccel.rewriting import fold_batch_norm
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("make_model", [convolutional, sequential, nested])
 def test_scales_in_the_file_are_the_trained_ones(make_model, tmp_path):
     aware = calibrate(quantize_aware(make_model()))
