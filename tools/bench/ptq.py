@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +139,16 @@ class Bench:
         def converter(path: Path) -> None:
             to_tflite(self.model, path, "int8", representative_data=self.photos.calibration)
 
-        def data_free(path: Path) -> keras.Model:
-            equalized = equalize(self.model)
+        def data_free(path: Path, **options: Any) -> keras.Model:
+            equalized = equalize(self.model, **options)
             to_tflite(equalized, path)
             return equalized
+
+        def through_relu6(path: Path, **options: Any) -> keras.Model:
+            model = equalize(self.model, replace_relu6=True)
+            made = quantize(model, self.photos.calibration, calibrator="minmax", **options)
+            to_tflite(made, path)
+            return made
 
         self.arm("float32", whole)
         self.ours("int8", "int8", correct_bias=False)
@@ -154,6 +161,9 @@ class Bench:
         self.ours("int4 adaround", "int4", rounding=AdaRound())
         self.ours("int4 nearest, bias corrected", "int4")
         self.arm("float32 equalized without data", data_free)
+        self.arm("float32 equalized through ReLU6", partial(data_free, replace_relu6=True))
+        self.arm("int8 minmax, equalized through ReLU6", partial(through_relu6, correct_bias=False))
+        self.arm("int8 minmax, equalized through ReLU6, bias corrected", through_relu6)
         equalized = {"equalize": True, "calibrator": "minmax"}
         self.ours("int8 minmax, equalized without data", "int8", correct_bias=False, **equalized)
         analytic = {**equalized, "correct_bias": "analytic"}
