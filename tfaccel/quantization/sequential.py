@@ -6,7 +6,7 @@ float and what it gets from the quantized layers, and may make up for the differ
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -133,7 +133,7 @@ class SequentialAdjustment:
         inputs = [Both(values, values) for values in given]
         visits = walk_shapes(self._model, specs)
         calls = collections.Counter(id(visit.node.operation) for visit in visits)
-        if any(count > 1 and self._rounds(x) for x, count in _counted(self._model, calls)):
+        if any(calls[id(x)] > 1 and self._rounds(x) for x in flat_layers(self._model)):
             self._look_at_shared(inputs, calls)
         for _ in walk(self._model, inputs, self._call):
             pass
@@ -224,11 +224,6 @@ class SequentialAdjustment:
         _check_on_grid(wrapped)
         if layer.use_bias:
             layer.bias.assign(bias.ravel())
-
-
-def _counted(model: keras.Model, calls: Mapping[int, int]) -> Iterator[tuple[Any, int]]:
-    for layer in flat_layers(model):
-        yield layer, calls[id(layer)]
 
 
 def _check_on_grid(wrapped: TransformedLayer) -> None:

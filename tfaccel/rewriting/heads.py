@@ -14,6 +14,7 @@ from tfaccel.core import keras_private
 from tfaccel.core.checks import check_model
 from tfaccel.core.cloning import clone_operation
 from tfaccel.core.graph import Graph, Node, Tensor, map_models
+from tfaccel.core.names import FreeNames
 from tfaccel.rewriting.sampling import Batch, gather_batches
 
 Array = npt.NDArray[Any]
@@ -219,7 +220,7 @@ def _replace(graph: Graph, head: _Head) -> None:
     convolution, pooling = _CONVOLUTIONS[len(shape)]
     positions = math.prod(size or 0 for size in shape[1:-1])
     graph.remove(head.flatten)
-    names = {node.name for node in graph.nodes}
+    free_name = FreeNames(node.name for node in graph.nodes)
     first, final = head.dense[0], head.dense[-1]
     channels = shape[-1]
     for node in head.chain:
@@ -229,7 +230,7 @@ def _replace(graph: Graph, head: _Head) -> None:
             if layer is first:
                 kernel = kernel.reshape(positions, -1, layer.units).sum(axis=0)
             last = node is head.chain[-1]
-            name = _free(f"{layer.name}_conv", names) if last else layer.name
+            name = free_name(f"{layer.name}_conv") if last else layer.name
             new = _pointwise(convolution, layer, kernel, len(shape), name, bare=last)
             graph.replace_layer(layer, new)
             channels = layer.units
@@ -237,16 +238,16 @@ def _replace(graph: Graph, head: _Head) -> None:
             graph.replace_layer(layer, _on_last_axis(layer, len(shape)))
         # What is put behind these is asked for its shape.
         node.outputs[0].shape = (*shape[:-1], channels)
-    _pool(graph, head.chain[-1].outputs[0], final, pooling, names)
+    _pool(graph, head.chain[-1].outputs[0], final, pooling, free_name)
 
 
-def _pool(graph: Graph, tensor: Tensor, last: Any, pooling: Any, names: set[str]) -> None:
+def _pool(graph: Graph, tensor: Tensor, last: Any, pooling: Any, free_name: FreeNames) -> None:
     """Puts the pooling behind the last convolution, and the last activation behind that."""
     policy = last.dtype_policy
     if last.activation is keras.activations.linear:
         graph.insert_after(tensor, pooling(name=last.name, dtype=policy))
         return
-    pool = pooling(name=_free(f"{last.name}_pool", names), dtype=policy)
+    pool = pooling(name=free_name(f"{last.name}_pool"), dtype=policy)
     pooled = graph.insert_after(tensor, pool)
     graph.insert_after(pooled, layers.Activation(last.activation, name=last.name, dtype=policy))
 
@@ -279,15 +280,6 @@ def _on_last_axis(norm: Any, rank: int) -> Any:
     new.build((*(None,) * (rank - 1), norm.moving_mean.shape[0]))
     new.set_weights(norm.get_weights())
     return new
-
-
-def _free(wanted: str, names: set[str]) -> str:
-    name, number = wanted, 0
-    while name in names:
-        number += 1
-        name = f"{wanted}_{number}"
-    names.add(name)
-    return name
 
 
 def _numpy(value: Any) -> Array:
